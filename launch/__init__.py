@@ -1,0 +1,1 @@
+"""Starts processes: the command line, ranks on this machine, clusters. Knows nothing of learning."""
