@@ -1,0 +1,91 @@
+"""The `[data]` section as frozen typed models; the whole configuration is `trainer/config.py`."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    """One of several data sets that are mixed by weight: a `[[data.sources]]` table."""
+
+    shards: str | list[str]
+    """Tar shards: a path or URL, braces `x-{000..007}.tar`, `a::b`, or a list of these."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples of a global batch, relative to the other sources' weights."""
+
+
+class AugmentConfig(Section):
+    """Training augmentation; every draw is keyed by (seed, epoch, sample id), never by rank."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the random resized crop, as a share of the image's."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Aspect ratio (width / height) of the crop."""
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Rotation in degrees, drawn uniformly from [-rotate, rotate]."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strength of brightness, contrast, saturation, hue (torchvision's meaning)."""
+    color_jitter_probability: float = Field(default=0.8, ge=0, le=1)
+    """Probability that the color jitter is applied to an image."""
+    grayscale: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a conversion to grey."""
+    blur: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a Gaussian blur, sigma drawn from [0.1, 2] pixels at 224, scaled to the size."""
+    erase: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a random rectangle (2-20 % of the area) is replaced by its mean color."""
+
+
+class DataConfig(Section):
+    """Where samples come from, how they are ordered, read and decoded."""
+
+    shards: str | list[str] = ""
+    """Training shards, as `SourceConfig.shards`; or give `sources`."""
+    sources: list[SourceConfig] = []
+    """Several sources mixed by weight, in closed form; instead of `shards`."""
+    val_shards: str | list[str] = ""
+    """Shards of the evaluation during training; empty: none."""
+    image_key: str = "jpg;jpeg;png;webp"
+    """File endings of the image member, first found wins."""
+    caption_key: str = "txt"
+    """Ending of the caption member, or `json:NAME` for a field (a string or a list) of the JSON."""
+    label_key: str = "cls"
+    """Ending of an integer class label, if there is one."""
+    workers: int = Field(default=2, ge=0)
+    """Worker processes per rank; 0 reads in the training process."""
+    prefetch: int = Field(default=4, ge=1)
+    """Batches read ahead by each worker."""
+    chunk: int = Field(default=128, ge=1)
+    """Consecutive samples of a shard that are read and shuffled together."""
+    lanes: int = Field(default=64, ge=1)
+    """Equal parts of the chunk sequence that feed a global batch in turn."""
+    window: int = Field(default=32, ge=1)
+    """Chunks of a lane whose samples are permuted together."""
+    cache_dir: Path | None = None
+    """Node cache for remote shards; none: pieces are not kept."""
+    cache_bytes: int = Field(default=100 * 2**30, ge=0)
+    """Size of the node cache in bytes; the least recently used pieces go first."""
+    max_pixels: int = Field(default=25_000_000, ge=1)
+    """Images with more pixels are bad samples (decompression bombs)."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run stops when more than this share of the samples read was bad."""
+    normalize_captions: bool = False
+    """Strip and lower-case captions before they are compared and tokenized."""
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_name_shards(self) -> "DataConfig":
+        if self.shards and self.sources:
+            raise ValueError("give either data.shards or [[data.sources]] tables, not both")
+        return self
+
+    def all_sources(self) -> list[SourceConfig]:
+        """The training sources, a plain `shards` being the one-source case."""
+        return self.sources or ([SourceConfig(shards=self.shards)] if self.shards else [])
