@@ -1,0 +1,269 @@
+"""DeepSpeed for the replicated towers: averaging, clipping, ZeRO 0-3. The only file that imports it.
+
+What lives here: one engine with `backward`, `step`, `save`, `load`, and our configuration turned into
+DeepSpeed's. What does not: the loss (its gradient arrives through the embeddings), and the
+checkpoint protocol (`trainer/checkpoint.py`), which decides when a saved folder counts.
+
+Parameters stay float32 at every stage; lower precision is autocast (`trainer/step.py`). DeepSpeed's
+own bf16 and fp16 modes would round `log_scale`, and at stage 0 take a phantom Adam step.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from trainer.config import Config, ZeroConfig
+from trainer.ranks import Ranks
+
+TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
+LOSS_SCALE_START = 2.0**16  # fp16: torch.amp.GradScaler's published defaults
+LOSS_SCALE_GROWTH_STEPS = 2000
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# An inference kernel that init_distributed would compile first: 20 s to 1 min, never used here.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    applied: bool  # False: a gradient was not finite, on some rank, and nothing was changed
+    grad_norm: float  # global 2-norm before clipping; inf when not applied
+
+
+def deepspeed_config(config: Config, world_size: int, *, universal: bool = False) -> dict[str, Any]:
+    """Our configuration as DeepSpeed's JSON; `universal` loads a checkpoint of another world size."""
+    zero = config.zero
+    rows = -(-config.train.global_batch_size // world_size)
+    section: dict[str, Any] = {"stage": zero.stage}
+    for name in ("offload_optimizer", "offload_param"):
+        device = getattr(zero, name)
+        if device != "none":
+            section[name] = {"device": device, "pin_memory": torch.cuda.is_available()}
+            if device == "nvme":
+                section[name]["nvme_path"] = zero.nvme_path
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": 1,  # chunks are ours: the boundary is set by hand
+        # At stage 0 the norm must be known before the step, so the clipping is ours there.
+        "gradient_clipping": config.optim.clip_norm if zero.stage else 0.0,
+        "zero_optimization": section,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"tag_validation": "Fail", "load_universal": universal},
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """The towers under DeepSpeed: gradients averaged over ranks, clipped, applied, sharded."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        ranks: Ranks,
+        *,
+        universal: bool = False,
+    ) -> None:
+        """Wrap `model` (float32, on `ranks.device`); every rank must call this together.
+
+        `universal`: the state comes from `load` with a checkpoint of another world size.
+        """
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        self._deepspeed, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, ranks.world_size, universal=universal),
+        )
+        self.model = model
+        self._optimizer = optimizer
+        self._zero: ZeroConfig = config.zero
+        self._clip_norm = config.optim.clip_norm
+        self._ranks = ranks
+        self._groups = [_hyperparameters(group) for group in optimizer.param_groups]
+        self._loss_scale = LOSS_SCALE_START if config.train.precision == "fp16" else 1.0
+        self._good_steps = 0
+        self._dynamic_scale = config.train.precision == "fp16"
+        self._set_loss_scale(self._loss_scale)
+
+    def forward_model(self) -> nn.Module:
+        """The module to call: DeepSpeed's wrapper, which fetches stage-3 parameters."""
+        return self._deepspeed
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of `loss`; `last` marks the step's last call, which reduces."""
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        if self._zero.stage == 0 and self._dynamic_scale:
+            loss = loss * self._loss_scale
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip by the global norm and update; a non-finite norm leaves everything unchanged.
+
+        Every parameter group's rate is `learning_rate` times its own `lr_scale`.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        result = self._step_replicated() if self._zero.stage == 0 else self._step_sharded()
+        if self._dynamic_scale:
+            self._update_loss_scale(result.applied)
+        return result
+
+    def _step_replicated(self) -> StepResult:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self._loss_scale
+        grad_norm = float(norm)
+        if not math.isfinite(grad_norm):
+            self._deepspeed.zero_grad()
+            return StepResult(applied=False, grad_norm=math.inf)
+        factor = 1.0 / self._loss_scale
+        if 0 < self._clip_norm < grad_norm:
+            factor *= self._clip_norm / (grad_norm + 1e-6)
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self._deepspeed.step()
+        return StepResult(applied=True, grad_norm=grad_norm)
+
+    def _step_sharded(self) -> StepResult:
+        self._deepspeed.step()
+        applied = bool(self._deepspeed.was_step_applied())
+        grad_norm = float(self._deepspeed.get_global_grad_norm()) if applied else math.inf
+        return StepResult(applied=applied, grad_norm=grad_norm)
+
+    def _update_loss_scale(self, applied: bool) -> None:  # noqa: FBT001
+        self._good_steps = self._good_steps + 1 if applied else 0
+        if not applied:
+            self._set_loss_scale(max(1.0, self._loss_scale / 2))
+        elif self._good_steps % LOSS_SCALE_GROWTH_STEPS == 0:
+            self._set_loss_scale(self._loss_scale * 2)
+
+    def _set_loss_scale(self, scale: float) -> None:
+        self._loss_scale = scale
+        if self._dynamic_scale and self._zero.stage:
+            self._deepspeed.optimizer.override_loss_scale(scale)
+
+    def discard(self) -> None:
+        """Drop the accumulated gradients without a step (the loss was not finite)."""
+        self._deepspeed.zero_grad()
+        if self._zero.stage:
+            self._deepspeed.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        """Clamp a parameter in place, where it lives and where the sharded optimizer keeps it."""
+        if self._zero.stage == 0:
+            parameter.clamp_(low, high)
+            return
+        value = safe_get_full_fp32_param(parameter)
+        if value is None or bool(((value >= low) & (value <= high)).all()):
+            return
+        value = value.clamp(low, high)
+        safe_set_full_fp32_param(parameter, value)
+        with self.gathered([parameter], modify=True):
+            parameter.data.copy_(value)
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+        """Inside, stage-3 parameters are whole on every rank; at other stages they always are."""
+        modifier = 0 if modify else None
+        with deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=modifier, enabled=self._zero.stage == 3
+        ):
+            yield
+
+    def state(self) -> dict[str, float]:
+        """What resume needs beside DeepSpeed's files: plain numbers, equal on all ranks."""
+        return {"loss_scale": self._loss_scale, "good_steps": self._good_steps}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's files into `folder/deepspeed/`; call on every rank, folders may differ.
+
+        Rank 0 writes the replicated ones. Nothing here is safe against a crash: that is the
+        protocol of `trainer/checkpoint.py`.
+        """
+        (folder / TAG).mkdir(parents=True, exist_ok=True)
+        self._deepspeed.save_checkpoint(
+            str(folder),
+            tag=TAG,
+            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+            save_latest=False,
+        )
+
+    def load(self, folder: Path, state: dict[str, float]) -> None:
+        """Load what `save` wrote (or `to_universal` converted) and `state` returned."""
+        path, _ = self._deepspeed.load_checkpoint(
+            str(folder), tag=TAG, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
+        self._repair_optimizer()
+        self._good_steps = int(state["good_steps"])
+        self._set_loss_scale(state["loss_scale"])
+
+    def _repair_optimizer(self) -> None:
+        """Undo two faults of DeepSpeed's stage-3 universal load (0.19.8, stage3.py:3653-3691).
+
+        It gives every group the first group's hyperparameters (weight decay!), and one shared
+        `step` tensor, which AdamW then counts up once per group. Harmless where neither happened.
+        """
+        for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(saved)
+        for entry in self._optimizer.state.values():
+            if isinstance(entry.get("step"), Tensor):
+                entry["step"] = entry["step"].clone()
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def to_universal(folder: Path, out: Path) -> None:
+    """Convert `folder/deepspeed` (stages 1-3) so that any world size can load it from `out`.
+
+    Runs in this process on one rank, about a second for a small model.
+    """
+    from deepspeed.checkpoint.ds_to_universal import main as convert
+
+    options = Namespace(
+        input_folder=str(folder / TAG),
+        output_folder=str(out / TAG),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        convert(options)
+
+
+def read_weights(folder: Path, stage: int) -> dict[str, Tensor]:
+    """Whole float32 weights out of `folder/deepspeed`, in one process, at any stage."""
+    if stage == 0:
+        path = folder / TAG / "mp_rank_00_model_states.pt"
+        # DeepSpeed's files hold its own classes; the manifest's checksums vouch for them.
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+        return {name: tensor.float() for name, tensor in saved["module"].items()}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
