@@ -1,0 +1,130 @@
+"""Dropout drawn from (seed, position of the sample, layer, element), not from a generator's stream.
+
+A mask then depends on nothing else: not on the rank or the chunk a sample falls to, not on what was
+drawn before. So a step in chunks, a recomputed forward pass and a run resumed on another number of
+ranks all see the same masks, and no generator's state need be saved or replayed.
+"""
+
+from collections.abc import Sequence
+
+import open_clip.transformer
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+_MASK32 = 0xFFFFFFFF
+
+
+def mix32(x: Tensor) -> Tensor:
+    """Bijective 32-bit hash of int64 values below 2**32, elementwise.
+
+    The `lowbias32` finaliser of Wellons' hash prospector; every output bit depends on every input bit.
+    """
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
+    return x ^ (x >> 16)
+
+
+def row_keys(seed: int, positions: Tensor) -> Tensor:
+    """Keys of this step's samples: (n,) int64 below 2**32 from (n,) int64 global positions."""
+    low, high = positions & _MASK32, (positions >> 32) & _MASK32
+    return mix32(mix32(mix32(low + (seed & _MASK32) & _MASK32) ^ high) ^ (seed >> 32 & _MASK32))
+
+
+def keyed_uniform(keys: Tensor, layer: int, shape: Sequence[int]) -> Tensor:
+    """Uniform [0, 1) float32 of `shape` = (n, ...), each element a hash of (row key, layer, index)."""
+    per_row = 1
+    for size in shape[1:]:
+        per_row *= size
+    index = mix32(torch.arange(per_row, device=keys.device))
+    row = mix32(keys ^ (layer * 0x9E3779B9 & _MASK32))
+    # 24 bits fill a float32's significand exactly
+    return (mix32(row[:, None] ^ index) >> 8).to(torch.float32).mul_(2.0**-24).reshape(shape)
+
+
+class _Keyed(nn.Module):
+    """A layer that draws by row key; `use_row_keys` sets `keys` before each forward pass."""
+
+    def __init__(self, probability: float, layer: int) -> None:
+        super().__init__()
+        self.probability, self.layer = probability, layer
+        self.keys: Tensor | None = None
+
+    def _uniform(self, shape: Sequence[int]) -> Tensor:
+        if self.keys is None or len(self.keys) != shape[0]:
+            have = "none" if self.keys is None else len(self.keys)
+            raise ValueError(f"{shape[0]} rows in training but row keys for {have}")
+        return keyed_uniform(self.keys, self.layer, shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}, layer={self.layer}"
+
+
+class KeyedDropout(_Keyed):
+    """nn.Dropout: (n, ...) -> (n, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = self._uniform(x.shape) >= self.probability
+        return x * keep / (1.0 - self.probability)
+
+
+class KeyedDropPath(_Keyed):
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops a sample's residual branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        return x * (self._uniform(shape) >= self.probability) / (1.0 - self.probability)
+
+
+class KeyedPatchDropout(_Keyed):
+    """FLIP (Li et al. 2022, arXiv 2212.00794): keeps a random share of the patch tokens (n, T, d)."""
+
+    def __init__(self, probability: float, layer: int, num_prefix_tokens: int) -> None:
+        super().__init__(probability, layer)
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        num_kept = max(1, int(patches.shape[1] * (1.0 - self.probability)))
+        kept = self._uniform(patches.shape[:2]).topk(num_kept, dim=1).indices
+        patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
+        return torch.cat([prefix, patches], dim=1)
+
+
+def make_dropout_keyed(model: nn.Module) -> None:
+    """Replace the dropout layers of open_clip's and timm's towers by keyed ones, in place.
+
+    A module already in use elsewhere keeps its own layer number, so masks differ between layers.
+    """
+    layer = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            keyed = _keyed_version(child, layer)
+            if keyed is not None:
+                setattr(module, name, keyed)
+                layer += 1
+
+
+def _keyed_version(module: nn.Module, layer: int) -> nn.Module | None:
+    if type(module) is nn.Dropout and module.p > 0:
+        return KeyedDropout(module.p, layer)
+    if isinstance(module, timm.layers.DropPath) and module.drop_prob:
+        return KeyedDropPath(float(module.drop_prob), layer)
+    if isinstance(module, open_clip.transformer.PatchDropout) and module.prob > 0:
+        return KeyedPatchDropout(module.prob, layer, int(module.exclude_first_token))
+    if isinstance(module, timm.layers.PatchDropout) and module.prob > 0:
+        return KeyedPatchDropout(module.prob, layer, module.num_prefix_tokens)
+    return None
+
+
+def use_row_keys(model: nn.Module, keys: Tensor) -> None:
+    """Tell every keyed layer which samples the next forward pass holds: (n,) keys, in row order."""
+    for module in model.modules():
+        if isinstance(module, _Keyed):
+            module.keys = keys
