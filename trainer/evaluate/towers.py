@@ -1,0 +1,156 @@
+"""The towers over an evaluation set: every rank embeds its own batches, in step with the others."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.evaluate.classes import ClassNames, class_prompts
+from trainer.evaluate.zero_shot import class_embedding
+from trainer.ranks import Ranks
+
+Tokenizer = Callable[[list[str]], Tensor]  # m texts -> (m, T) int64
+
+
+class EvalBatch(Protocol):
+    """Samples with all their captions; each sample is in exactly one batch of one rank.
+
+    Batches go whole to ranks (batch b of the set to rank b % world_size, say), so that a row's
+    neighbours in a matrix product, and with them its last bits, are the same at any world size.
+    """
+
+    images: Tensor  # (n, 3, H, W) uint8
+    ids: Tensor  # (n,) int64 sample id, unique over the set
+    labels: Tensor  # (n,) int64, -1 when unknown
+    texts: Tensor  # (m, T) int64 tokens of all captions of the n samples
+    owners: Tensor  # (m,) int64 row in this batch of the image a caption belongs to
+    caption_ids: Tensor  # (m,) int64 hash of each caption
+    captions: Sequence[str]  # the m captions as text
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """This rank's samples: images as embeddings, captions as they came."""
+
+    images: Tensor  # (n, d) unit rows
+    ids: Tensor  # (n,)
+    labels: Tensor  # (n,)
+    tokens: list[Tensor]  # (m, T) in all, a batch's together
+    owners: Tensor  # (m,) sample id of the image of each caption
+    caption_ids: Tensor  # (m,)
+    label_names: frozenset[tuple[int, str]]  # each (label, caption) of labelled samples
+
+
+class Towers:
+    """A model that embeds without gradient, the same number of times on every rank.
+
+    ZeRO stage 3 gathers parameters in every forward pass, so a rank that has nothing left embeds
+    a row of zeros and drops the answer.
+    """
+
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, *, batch_size: int, autocast: torch.dtype | None
+    ) -> None:
+        self._model = model
+        self._ranks = ranks
+        self._batch_size = batch_size
+        self._autocast = autocast
+
+    def embed(self, batches: Iterable[EvalBatch]) -> Embedded:
+        """All images of this rank's batches; tokens are kept for `embed_texts`."""
+        seen: list[tuple[Tensor, ...]] = []
+        label_names: set[tuple[int, str]] = set()
+
+        def iter_images() -> Iterator[Tensor]:
+            for batch in batches:
+                owners = batch.ids[batch.owners]
+                seen.append((batch.ids, batch.labels, owners, batch.caption_ids, batch.texts))
+                labels = batch.labels[batch.owners].tolist()
+                label_names.update(
+                    (label, caption)
+                    for label, caption in zip(labels, batch.captions, strict=True)
+                    if label >= 0
+                )
+                yield batch.images
+
+        images = self._run(iter_images(), lambda rows: self._model(rows, None).images, torch.uint8)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        ids, labels, owners, caption_ids = (
+            torch.cat([nothing, *(columns[i] for columns in seen)]).to(self._ranks.device)
+            for i in range(4)
+        )
+        tokens = [columns[4] for columns in seen]
+        return Embedded(images, ids, labels, tokens, owners, caption_ids, frozenset(label_names))
+
+    def embed_texts(self, tokens: Iterable[Tensor]) -> Tensor:  # (m, d) unit rows
+        """Token rows as embeddings, at most `batch_size` at once."""
+        chunks = (chunk for rows in tokens for chunk in rows.split(self._batch_size) if len(chunk))
+        return self._run(chunks, lambda rows: self._model(None, rows).texts, torch.int64)
+
+    def embed_classes(
+        self, classes: Sequence[ClassNames], templates: Sequence[str], tokenizer: Tokenizer
+    ) -> tuple[Tensor, Tensor]:  # (c, d) unit rows, (c,) labels: this rank's part
+        """Class embeddings, dealt to the ranks in blocks of about `batch_size` prompts."""
+        prompts = [class_prompts(names, templates) for names in classes]
+        block = max(1, self._batch_size // max(len(texts) for texts in prompts))
+        here = [
+            number
+            for number in range(len(classes))
+            if number // block % self._ranks.world_size == self._ranks.rank
+        ]
+        blocks = [here[start : start + block] for start in range(0, len(here), block)]
+        rows = self.embed_texts(
+            tokenizer([text for number in numbers for text in prompts[number]])
+            for numbers in blocks
+        )
+        embeddings = rows.new_empty((len(here), rows.shape[1]))
+        for place, part in enumerate(rows.split([len(prompts[number]) for number in here])):
+            embeddings[place] = class_embedding(part)
+        labels = torch.tensor([classes[number].label for number in here], dtype=torch.int64)
+        return embeddings, labels.to(rows.device)
+
+    def _run(
+        self, chunks: Iterable[Tensor], tower: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> Tensor:  # (n, d) float32
+        device = self._ranks.device
+        parts = [torch.zeros((0, 0), device=device)]
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, self._autocast, enabled=self._autocast is not None),
+        ):
+            for chunk, num_rows in in_step(chunks, dtype, self._ranks):
+                rows = tower(chunk.to(device, non_blocking=True))
+                parts.append(rows[:num_rows].float())
+        return torch.cat(parts[1:] or parts)
+
+
+def in_step(
+    chunks: Iterable[Tensor],  # each (n, ...) with rows of one shape, on all ranks
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Iterator[tuple[Tensor, int]]:
+    """This rank's chunks and their lengths, then blank rows and 0 until every rank has ended."""
+    rest = iter(chunks)
+    while True:
+        chunk = next(rest, None)
+        shape = _agree_on_shape(chunk, ranks)
+        if shape is None:
+            return
+        if chunk is None:
+            yield torch.zeros((1, *shape), dtype=dtype), 0
+        else:
+            yield chunk, len(chunk)
+
+
+def _agree_on_shape(chunk: Tensor | None, ranks: Ranks) -> tuple[int, ...] | None:
+    """Shape of a row on the ranks that have a chunk; None when no rank has one."""
+    if ranks.group is None:
+        return None if chunk is None else chunk.shape[1:]
+    shape = torch.zeros(4, dtype=torch.int64, device=ranks.device)
+    if chunk is not None:
+        shape[: chunk.dim() - 1] = torch.tensor(chunk.shape[1:])
+    dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=ranks.group)
+    return tuple(size for size in shape.tolist() if size) or None
