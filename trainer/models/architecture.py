@@ -13,7 +13,9 @@ from typing import Any
 
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 
+from data.text import TokenizerSpec
 from trainer.config import ConfigError
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -49,6 +51,21 @@ class Architecture:
         """The text tower's part, which also names the tokenizer."""
         cfg: dict[str, Any] = self.model_cfg["text_cfg"]
         return cfg
+
+    @property
+    def tokenizer_spec(self) -> TokenizerSpec:
+        """The tokenizer as plain values, chosen as `open_clip.get_tokenizer` would."""
+        cfg = self.text_cfg
+        source = cfg.get("hf_tokenizer_name") or ""
+        folder = self.name.removeprefix(LOCAL)
+        if source and Path(folder).is_dir():
+            source = folder  # an exported folder holds its tokenizer's files
+        return TokenizerSpec(
+            name=source,
+            context_length=cfg.get("context_length", DEFAULT_CONTEXT_LENGTH),
+            mode=cfg.get("tokenizer_mode") or "",
+            options=tuple((cfg.get("tokenizer_kwargs") or {}).items()),
+        )
 
 
 def load_architecture(name: str, pretrained: str = "") -> Architecture:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.text import TokenizerSpec
 from trainer.models.architecture import Architecture, Preprocess
 
 
@@ -26,6 +27,10 @@ class Embeddings(NamedTuple):
     """(1,) multiplier of the cosines: exp(log_scale)."""
     bias: Tensor | None
     """(1,) SigLIP's additive term; None for losses without one."""
+
+    def detach(self) -> "Embeddings":
+        """The same values, cut from the graph."""
+        return Embeddings(*(tensor if tensor is None else tensor.detach() for tensor in self))
 
 
 class TwoTower(nn.Module):
@@ -61,7 +66,7 @@ class TwoTower(nn.Module):
     @property
     def context_length(self) -> int:
         """Tokens of a text."""
-        return int(self.architecture.text_cfg.get("context_length", 77))
+        return self.tokenizer_spec.context_length
 
     @property
     def embed_dim(self) -> int:
@@ -72,6 +77,11 @@ class TwoTower(nn.Module):
     def preprocess(self) -> Preprocess:
         """How images are resized before and normalised inside `forward`."""
         return self.architecture.preprocess
+
+    @property
+    def tokenizer_spec(self) -> TokenizerSpec:
+        """What `data.text.build_tokenizer` makes this model's tokens from."""
+        return self.architecture.tokenizer_spec
 
     @property
     def resize_mode(self) -> str:
