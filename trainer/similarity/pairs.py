@@ -1,0 +1,181 @@
+"""Every pair of a stationary and a visiting row, a tile of inner products at a time.
+
+A statistics pass is a plain loop over `tiles()`; the weights pass is `gradients()`, which turns
+pair weights `dL/dvalue` into the gradients of both sides. Rows of the stationary side are complete
+on their rank; columns are completed by `merge_columns`, at the cost of O(N) numbers.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from trainer.collectives import gather_counts, gather_rows, own_rank, return_rows
+from trainer.similarity.visiting import Visit, build_visiting
+
+# Side of a tile. On a CPU a float32 tile and its scratch copy share a 2 MiB L2 cache with the
+# blocks of rows; a GPU wants products large enough to fill it.
+_TILE = {"cpu": 512}
+_TILE_ELSEWHERE = 4096
+# Tiles of the first sweep kept for the later ones, in units of the memory of both sides' rows:
+# linear in the batch, and a small batch is then never multiplied twice.
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Inner products of some stationary rows with some visiting rows."""
+
+    values: Tensor
+    """(m, k). Read-only in a statistics pass; the weights pass may write into it."""
+    rows: slice
+    """Positions among this rank's stationary rows."""
+    columns: slice
+    """Positions among all N visiting rows."""
+    diagonal: int
+    """Offset of the diagonal on which a row meets the visitor of its own position."""
+    scratch: Tensor
+    """(m, k) to write into; shared by all tiles."""
+
+    def own_pairs(self, table: Tensor) -> Tensor:
+        """The entries of an (m, k) table where a row meets its own visitor: a view."""
+        m, k = table.shape
+        return table.diagonal(min(max(self.diagonal, -m), k))
+
+
+class Pairs:
+    """The pairs of this rank's rows with every rank's visiting rows."""
+
+    def __init__(
+        self,
+        rows: Tensor,  # (n, d) stationary, in the dtype of computation
+        visitors: Tensor,  # (n, d) this rank's visiting rows, in the dtype that travels
+        group: ProcessGroup | None,
+        *,
+        visiting: str = "gather",
+        tile: int | None = None,
+        swept_once: bool = False,
+    ) -> None:
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile={tile} is no size: give a number of rows of at least 1")
+        self._rows, self._group = rows.contiguous(), group
+        self._tile = tile or _TILE.get(rows.device.type, _TILE_ELSEWHERE)
+        self._counts = gather_counts(len(visitors), group, rows.device)
+        self._visiting = build_visiting(visiting, visitors, self._counts, group, rows.dtype)
+        self._start = sum(self._counts[: own_rank(group)])
+        self._buffers: dict[str, Tensor] = {}
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._room = 0 if swept_once else _KEPT * (len(rows) + self.num_columns) * rows.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """n, this rank's stationary rows."""
+        return len(self._rows)
+
+    @property
+    def num_columns(self) -> int:
+        """N, all ranks' visiting rows."""
+        return sum(self._counts)
+
+    @property
+    def world_size(self) -> int:
+        """W, the number of ranks."""
+        return len(self._counts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._rows.device
+
+    def own_columns(self, rows: slice) -> slice:
+        """Positions, among all visitors, of this rank's visitors at `rows`."""
+        return slice(self._start + rows.start, self._start + rows.stop)
+
+    def new_rows(self, fill: float) -> Tensor:  # (n,)
+        """One value a stationary row, for a statistic."""
+        return self._rows.new_full((self.num_rows,), fill)
+
+    def new_columns(self, fill: float) -> Tensor:  # (N,)
+        """One value a visiting row, for this rank's share of a statistic."""
+        return self._rows.new_full((self.num_columns,), fill)
+
+    def gather(self, values: Tensor) -> Tensor:  # (n, ...) -> (N, ...)
+        """Facts about this rank's visitors, such as labels, from every rank."""
+        return gather_rows(values, self._counts, self._group)
+
+    def merge_columns(
+        self,
+        share: Tensor,  # (N,) over this rank's rows
+        merge: Callable[[Tensor], Tensor],  # (W, n) -> (n,)
+    ) -> Tensor:  # (N,) over all rows
+        """Complete a statistic of the columns over ranks; each owner merges, then all know."""
+        if self.world_size == 1:
+            return share
+        return self.gather(merge(return_rows(share, self._counts, self._group)))
+
+    def own(self, columns: Tensor) -> Tensor:  # (N,) -> (n,)
+        """This rank's part of a complete statistic of the columns."""
+        return columns[self._start : self._start + self._counts[own_rank(self._group)]]
+
+    def tiles(self) -> Iterator[Tile]:
+        """Each pair once: one sweep of the visitors."""
+        for visit in self._visiting.visits():
+            yield from self._tiles_of(visit)
+
+    def gradients(
+        self,
+        weights_of: Callable[
+            [Tile], Tensor
+        ],  # (m, k) pair weights dL/dvalue; may reuse the tile's memory
+        *,
+        rows: bool = True,
+        visitors: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:  # (n, d), (n, d)
+        """Gradients of this rank's stationary and visiting rows; None where not asked for."""
+        row_sums = torch.zeros_like(self._rows) if rows else None
+        way = self._visiting
+        for visit in way.visits_with_gradients() if visitors else way.visits():
+            for tile in self._tiles_of(visit):
+                weights = weights_of(tile)
+                here = slice(
+                    tile.columns.start - visit.columns.start,
+                    tile.columns.stop - visit.columns.start,
+                )
+                if row_sums is not None:
+                    row_sums[tile.rows].addmm_(weights, visit.rows[here])
+                if visit.gradients is not None:
+                    visit.gradients[here].addmm_(weights.T, self._rows[tile.rows])
+        return row_sums, way.gradients() if visitors else None
+
+    def _tiles_of(self, visit: Visit) -> Iterator[Tile]:
+        for first in range(0, self.num_rows, self._tile):
+            rows = slice(first, min(first + self._tile, self.num_rows))
+            for start in range(visit.columns.start, visit.columns.stop, self._tile):
+                columns = slice(start, min(start + self._tile, visit.columns.stop))
+                block = visit.rows[start - visit.columns.start : columns.stop - visit.columns.start]
+                yield Tile(
+                    self._multiply(self._rows[rows], block, (first, start)),
+                    rows,
+                    columns,
+                    self._start + first - start,
+                    self._buffer("scratch", rows.stop - first, columns.stop - start),
+                )
+
+    def _multiply(self, rows: Tensor, block: Tensor, place: tuple[int, int]) -> Tensor:
+        if place in self._kept:
+            return self._kept[place]
+        m, k = len(rows), len(block)
+        if m * k > self._room:
+            return torch.mm(rows, block.T, out=self._buffer("values", m, k))
+        self._room -= m * k
+        self._kept[place] = torch.mm(rows, block.T)
+        return self._kept[place]
+
+    def _buffer(self, name: str, m: int, k: int) -> Tensor:
+        if name not in self._buffers:
+            sides = (min(self._tile, side) for side in (self.num_rows, self.num_columns))
+            self._buffers[name] = self._rows.new_empty(math.prod(sides))
+        return self._buffers[name][: m * k].view(m, k)
