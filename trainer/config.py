@@ -144,6 +144,16 @@ class ScheduleConfig(Section):
     cooldown: Duration = Duration("0 steps")
     """wsd, rsqrt: length of the linear decay to the floor at the end."""
 
+    @model_validator(mode="after")
+    def _durations_are_there(self) -> Self:
+        if "minutes" in (self.warmup.unit, self.cooldown.unit):
+            raise ValueError("schedule durations are in steps, samples or epochs, not minutes")
+        if self.name == "wsd" and not self.cooldown.value:
+            raise ValueError('schedule.name = "wsd" decays at the end: set schedule.cooldown')
+        if self.name == "rsqrt" and not self.warmup.value:
+            raise ValueError('schedule.name = "rsqrt" decays by its warm-up: set schedule.warmup')
+        return self
+
 
 class ZeroConfig(Section):
     """What DeepSpeed shards over the ranks."""
@@ -246,6 +256,11 @@ class Config(Section):
             problems.append('loss.label_smoothing needs loss.name = "clip"')
         if self.train.precision == "fp16" and self.zero.stage == 0:
             problems.append("train.precision = 'fp16' needs zero.stage >= 1")
+        if self.optim.name != "adamw" and self.zero.stage != 0:
+            problems.append(
+                f'optim.name = "{self.optim.name}" works on whole matrices, which ZeRO cuts up:'
+                " set zero.stage = 0"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
