@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.config import ConfigError, ScheduleConfig
+from trainer.config import ScheduleConfig
 
 
 def learning_rate(
@@ -27,14 +27,10 @@ def learning_rate(
 
     At and after `total_samples` it is the floor, except for `constant` and for rsqrt with no
     cooldown. Warm-up goes first where the run is too short for everything. `epoch_samples` is
-    needed for durations in epochs only. Raises ConfigError for a schedule that lacks a duration.
+    needed for durations in epochs only.
     """
     warmup = config.warmup.to_samples(global_batch_size, epoch_samples)
     cooldown = config.cooldown.to_samples(global_batch_size, epoch_samples)
-    if config.name == "wsd" and not cooldown:
-        raise ConfigError("schedule.name = 'wsd' decays at the end: set schedule.cooldown")
-    if config.name == "rsqrt" and not warmup:
-        raise ConfigError("schedule.name = 'rsqrt' decays by its warm-up: set schedule.warmup")
     if samples_seen < warmup:
         return min(1.0, (samples_seen + global_batch_size) / warmup)
     if config.name == "constant":

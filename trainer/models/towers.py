@@ -30,7 +30,11 @@ class Embeddings(NamedTuple):
 
     def detach(self) -> "Embeddings":
         """The same values, cut from the graph."""
-        return Embeddings(*(tensor if tensor is None else tensor.detach() for tensor in self))
+        images, texts, bias = (
+            None if tensor is None else tensor.detach()
+            for tensor in (self.images, self.texts, self.bias)
+        )
+        return Embeddings(images, texts, self.scale.detach(), bias)
 
 
 class TwoTower(nn.Module):
