@@ -38,7 +38,7 @@ class AugmentConfig(Section):
     grayscale: float = Field(default=0.0, ge=0, le=1)
     """Probability of a conversion to grey."""
     blur: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a Gaussian blur, sigma drawn from [0.1, 2] pixels at 224, scaled to the size."""
+    """Probability of a Gaussian blur; sigma from [0.1, 2] pixels at 224, scaled to the size."""
     erase: float = Field(default=0.0, ge=0, le=1)
     """Probability that a random rectangle (2-20 % of the area) is replaced by its mean color."""
 
@@ -48,7 +48,7 @@ class DataConfig(Section):
 
     shards: str | list[str] = ""
     """Training shards, as `SourceConfig.shards`; or give `sources`."""
-    sources: list[SourceConfig] = []
+    sources: tuple[SourceConfig, ...] = ()
     """Several sources mixed by weight, in closed form; instead of `shards`."""
     val_shards: str | list[str] = ""
     """Shards of the evaluation during training; empty: none."""
@@ -86,6 +86,6 @@ class DataConfig(Section):
             raise ValueError("give either data.shards or [[data.sources]] tables, not both")
         return self
 
-    def all_sources(self) -> list[SourceConfig]:
+    def all_sources(self) -> tuple[SourceConfig, ...]:
         """The training sources, a plain `shards` being the one-source case."""
-        return self.sources or ([SourceConfig(shards=self.shards)] if self.shards else [])
+        return self.sources or ((SourceConfig(shards=self.shards),) if self.shards else ())

@@ -1,1 +1,1 @@
-"""Starts processes: the command line, ranks on this machine, clusters. Knows nothing of learning."""
+"""Starts processes: command line, ranks on this machine, clusters. Knows nothing of learning."""

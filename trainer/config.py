@@ -79,7 +79,7 @@ class ModelConfig(Section):
     init_bias: float = -10.0
     """Start of SigLIP's additive bias."""
     max_scale: float = Field(default=100.0, ge=1)
-    """The scale is clamped to [1, max_scale] after every step; `inf` leaves it free (big_vision)."""
+    """The scale is clamped to [1, max_scale] after each step; `inf` leaves it free (big_vision)."""
     lock_image: bool = False
     """Freeze the image tower (LiT)."""
     lock_image_unlocked_groups: int = Field(default=0, ge=0)
@@ -126,7 +126,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.2, ge=0)
     """Decoupled decay of matrices; never on gains, biases, scale and bias."""
     decay_set: Literal["open_clip", "big_vision", "ndim"] = "open_clip"
-    """Which parameters decay: open_clip's published rule, big_vision's kernels only, or ndim >= 2."""
+    """What decays: by open_clip's published rule, big_vision's kernels only, or ndim >= 2."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate factor per layer, counted from the output; 1: none."""
     clip_norm: float = Field(default=0.0, ge=0)
@@ -207,7 +207,7 @@ class LogConfig(Section):
     every: Duration = Duration("10 steps")
     samples: bool = False
     """Write samples/step-*.json: the sample keys of every global batch, in order."""
-    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Experiment trackers, through accelerate."""
 
 
@@ -216,10 +216,10 @@ class EvalConfig(Section):
 
     every: Duration | None = None
     """None: only at the end, if there are val shards."""
-    tasks: list[Literal["retrieval", "zero_shot"]] = ["retrieval"]
+    tasks: tuple[Literal["retrieval", "zero_shot"], ...] = ("retrieval",)
     batch_size: int = Field(default=256, ge=1)
     """Samples a rank embeds at once."""
-    templates: list[str] = ["{}"]
+    templates: tuple[str, ...] = ("{}",)
     """Zero-shot prompts, `{}` standing for the class name; `openai` is open_clip's list of 80."""
     classes: str = ""
     """Zero-shot class names: a text file (a line each) or a TSV with columns cls and name;
@@ -347,7 +347,9 @@ def _dump_table(name: str, table: dict[str, Any]) -> str:
             nested.append(_dump_table(f"{name}.{key}", value))
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             nested += [
-                "\n".join([f"[[{name}.{key}]]", *(f"{k} = {_dump_value(v)}" for k, v in row.items())])
+                "\n".join(
+                    [f"[[{name}.{key}]]", *(f"{k} = {_dump_value(v)}" for k, v in row.items())]
+                )
                 + "\n"
                 for row in value
             ]

@@ -18,7 +18,7 @@ _MASK32 = 0xFFFFFFFF
 def mix32(x: Tensor) -> Tensor:
     """Bijective 32-bit hash of int64 values below 2**32, elementwise.
 
-    The `lowbias32` finaliser of Wellons' hash prospector; every output bit depends on every input bit.
+    The `lowbias32` finaliser of Wellons' hash prospector: every output bit depends on every input.
     """
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
@@ -32,7 +32,7 @@ def row_keys(seed: int, positions: Tensor) -> Tensor:
 
 
 def keyed_uniform(keys: Tensor, layer: int, shape: Sequence[int]) -> Tensor:
-    """Uniform [0, 1) float32 of `shape` = (n, ...), each element a hash of (row key, layer, index)."""
+    """Uniform [0, 1) float32 of `shape` = (n, ...): a hash of (row key, layer, index) each."""
     per_row = 1
     for size in shape[1:]:
         per_row *= size
@@ -81,7 +81,7 @@ class KeyedDropPath(_Keyed):
 
 
 class KeyedPatchDropout(_Keyed):
-    """FLIP (Li et al. 2022, arXiv 2212.00794): keeps a random share of the patch tokens (n, T, d)."""
+    """FLIP (Li et al. 2022, arXiv 2212.00794): keeps a random share of the patches (n, T, d)."""
 
     def __init__(self, probability: float, layer: int, num_prefix_tokens: int) -> None:
         super().__init__(probability, layer)

@@ -1,6 +1,6 @@
-"""DeepSpeed for the replicated towers: averaging, clipping, ZeRO 0-3. The only file that imports it.
+"""DeepSpeed for the replicated towers: averaging, clipping, ZeRO 0-3. Only this file imports it.
 
-What lives here: one engine with `backward`, `step`, `save`, `load`, and our configuration turned into
+What lives here: one engine with `backward`, `step`, `files`, `load`, and our configuration as
 DeepSpeed's. What does not: the loss (its gradient arrives through the embeddings), and the
 checkpoint protocol (`trainer/checkpoint.py`), which decides when a saved folder counts.
 
@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -50,7 +52,7 @@ class StepResult:
 
 
 def deepspeed_config(config: Config, world_size: int, *, universal: bool = False) -> dict[str, Any]:
-    """Our configuration as DeepSpeed's JSON; `universal` loads a checkpoint of another world size."""
+    """Our configuration as DeepSpeed's JSON; `universal` to load one of another world size."""
     zero = config.zero
     rows = -(-config.train.global_batch_size // world_size)
     section: dict[str, Any] = {"stage": zero.stage}
@@ -196,22 +198,33 @@ class Engine:
         """What resume needs beside DeepSpeed's files: plain numbers, equal on all ranks."""
         return {"loss_scale": self._loss_scale, "good_steps": self._good_steps}
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's files into `folder/deepspeed/`; call on every rank, folders may differ.
+    def files(self) -> dict[str, Any]:
+        """This rank's part of the state: file name in the checkpoint -> what torch.save writes.
 
-        Rank 0 writes the replicated ones. Nothing here is safe against a crash: that is the
-        protocol of `trainer/checkpoint.py`.
+        Every rank calls it together. DeepSpeed only names and gathers: its own writing is not safe
+        against a crash, and a disk that is full on one rank would leave the others waiting in its
+        barriers. The tensors are the live ones, so copy them if training goes on before they are
+        written.
         """
-        (folder / TAG).mkdir(parents=True, exist_ok=True)
-        self._deepspeed.save_checkpoint(
-            str(folder),
-            tag=TAG,
-            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
-            save_latest=False,
-        )
+        writer = self._deepspeed.checkpoint_engine
+        captured = _Capture()
+        self._deepspeed.checkpoint_engine = captured
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # it drops its recovery scripts here
+                self._deepspeed.save_checkpoint(
+                    folder,
+                    tag=TAG,
+                    client_state={
+                        "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}
+                    },
+                    save_latest=False,
+                )
+        finally:
+            self._deepspeed.checkpoint_engine = writer
+        return captured.files
 
     def load(self, folder: Path, state: dict[str, float]) -> None:
-        """Load what `save` wrote (or `to_universal` converted) and `state` returned."""
+        """Load what `files` gave (or `to_universal` converted) and `state` returned."""
         path, _ = self._deepspeed.load_checkpoint(
             str(folder), tag=TAG, load_lr_scheduler_states=False
         )
@@ -232,6 +245,29 @@ class Engine:
         for entry in self._optimizer.state.values():
             if isinstance(entry.get("step"), Tensor):
                 entry["step"] = entry["step"].clone()
+
+
+class _Capture(CheckpointEngine):  # type: ignore[misc]
+    """Stands where DeepSpeed's writer of checkpoints stands, and keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def create(self, info: Any) -> None:
+        """Nothing to prepare."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep one file's content."""
+        self.files[f"{TAG}/{Path(path).name}"] = state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Not used while saving."""
+        raise NotImplementedError(path)
+
+    def commit(self, info: Any) -> bool:  # noqa: ARG002 - DeepSpeed's interface
+        """Nothing was written, so nothing can have failed."""
+        return True
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

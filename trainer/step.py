@@ -1,16 +1,15 @@
 """One optimizer step: embeddings, loss, gradients, update; whole or in chunks with one loss.
 
-A step in chunks (gradient caching, Gao et al. 2021, arXiv 2101.06983) embeds the rank's batch chunk
-by chunk without a graph, takes the loss and its gradient on the embeddings once, and embeds again to
-carry that gradient into the towers. It is the same step to rounding: masks of dropout are keyed by
+A step in chunks (gradient caching, Gao et al. 2021, arXiv 2101.06983) embeds the rank's batch
+chunk by chunk without a graph, takes the loss and its gradient on the embeddings once, and embeds
+again to carry that gradient into the towers. It is the same step to rounding: masks of dropout are keyed by
 sample (`trainer/dropout.py`), any other draw is re-seeded per chunk, and gradients are reduced when
 the last chunk is done.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,31 +18,9 @@ from torch import Tensor
 from data.loader import Batch
 from trainer.dropout import row_keys, use_row_keys
 from trainer.engine import Engine, StepResult
+from trainer.metrics import StepClock
 from trainer.models import Embeddings
-
-LossFn = Callable[[Embeddings, Batch], Tensor]
-
-
-@dataclass
-class StepClock:
-    """Seconds of a step by part; on a GPU the parts are exact only with `synchronize`."""
-
-    synchronize: bool = False
-    parts: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
-
-    def start(self) -> None:
-        """Begin a step."""
-        self.parts = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Give the time since the last lap to `part`."""
-        if self.synchronize:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
-        self._last = now
+from trainer.objective import Objective
 
 
 class StepOutput(NamedTuple):
@@ -59,7 +36,7 @@ class Stepper:
     """All that a step needs and that does not change from step to step."""
 
     engine: Engine
-    loss_fn: LossFn
+    objective: Objective
     seed: int
     num_chunks: int  # the same on every rank: DeepSpeed reduces together
     device: torch.device
@@ -73,11 +50,11 @@ class Stepper:
         with torch.no_grad() if cached else nullcontext():
             parts = [self._embed(chunk, step, i) for i, chunk in enumerate(chunks)]
         leaves = _leaves(parts)
-        self.clock.lap("towers_s")
-        loss = self.loss_fn(leaves, batch)
+        self.clock.mark("towers")
+        loss = self.objective(leaves, batch)
         if loss.requires_grad:
             loss.backward()
-        self.clock.lap("loss_s")
+        self.clock.mark("loss")
         start = 0
         for i, chunk in enumerate(chunks):
             part = self._embed(chunk, step, i) if cached else parts[i]
@@ -85,10 +62,10 @@ class Stepper:
             surrogate = _surrogate(part, leaves, slice(start, stop), share=1 / len(chunks))
             self.engine.backward(surrogate, last=i == len(chunks) - 1)
             start = stop
-        self.clock.lap("backward_s")
+        self.clock.mark("backward")
         result = self.engine.step(learning_rate)
-        self.clock.lap("optimizer_s")
-        return StepOutput(loss.detach(), result, leaves.detach())
+        self.clock.mark("optimizer")
+        return StepOutput(loss.detach(), result, _detached(leaves))
 
     def _chunks(self, batch: Batch) -> "Iterator[_Chunk]":
         keys = row_keys(self.seed, batch.positions.to(self.device))
@@ -138,6 +115,10 @@ def _leaves(parts: list[Embeddings]) -> Embeddings:
         scale=leaf([last.scale]),
         bias=None if last.bias is None else leaf([last.bias]),
     )
+
+
+def _detached(embeddings: Embeddings) -> Embeddings:
+    return Embeddings(*(None if t is None else t.detach() for t in embeddings))
 
 
 def _surrogate(part: Embeddings, leaves: Embeddings, rows: slice, *, share: float) -> Tensor:

@@ -1,0 +1,253 @@
+"""The loop over steps: what happens after each one, and when the run stops.
+
+Everything that depends on time is a function of the step; the one exception is a checkpoint every
+so many minutes, which rank 0 decides for all.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from data.errors import DataError
+from data.loader import Batch, TrainLoader
+from trainer.checkpoint import CheckpointFolder, TrainState, list_steps, step_name
+from trainer.config import Config, Duration, dump_config
+from trainer.ema import WeightAverage
+from trainer.engine import Engine
+from trainer.evaluate.cosines import cosine_histograms
+from trainer.metrics import MetricsWriter, StepClock, peak_memory_bytes
+from trainer.models import TwoTower
+from trainer.ranks import Ranks
+from trainer.run import write_samples
+from trainer.schedule import learning_rate
+from trainer.step import StepOutput, Stepper
+from trainer.validate import Validation
+
+BAD_SAMPLES_GRACE = 20  # bad samples that never stop a run, whatever their share of a short start
+
+logger = logging.getLogger("nsphere.train")
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the text says why and names the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run's durations in steps."""
+
+    total_steps: int
+    log_every: int
+    save_every: int  # 0: by minutes
+    save_every_s: float  # inf: by steps
+    keep_every: int  # 0: never
+    eval_every: int  # 0: at the end only
+
+    @classmethod
+    def build(cls, config: Config, epoch_samples: int) -> Self:
+        """Turn every duration into steps of this batch and data set."""
+
+        def steps(duration: Duration | None) -> int:
+            if duration is None or duration.unit == "minutes":
+                return 0
+            return duration.to_steps(config.train.global_batch_size, epoch_samples)
+
+        every = config.checkpoint.every
+        return cls(
+            total_steps=steps(config.train.duration),
+            log_every=steps(config.log.every),
+            save_every=steps(every),
+            save_every_s=every.value * 60 if every.unit == "minutes" else math.inf,
+            keep_every=steps(config.checkpoint.keep_every),
+            eval_every=steps(config.eval.every),
+        )
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks know after a step: sums over them."""
+
+    loss: float  # mean over ranks: the global loss
+    num_bad: int
+    stop: bool
+    save: bool  # minutes are over
+
+
+@dataclass
+class Loop:
+    """Everything built, ready to run; `run` is called once."""
+
+    config: Config
+    run_dir: Path
+    ranks: Ranks
+    plan: Plan
+    model: TwoTower
+    engine: Engine
+    stepper: Stepper
+    average: WeightAverage | None
+    checkpoints: CheckpointFolder
+    writer: MetricsWriter
+    validation: Validation | None
+    epoch_samples: int
+    clock: StepClock
+    _last_save: float = 0.0
+
+    def run(self, loader: TrainLoader, state: TrainState, stop: Callable[[], bool]) -> TrainState:
+        """Train from `state` to the end, or to the step at which some rank was asked to stop."""
+        self._last_save = time.monotonic()
+        saved_step = state.step
+        self.clock.restart()
+        for batch in loader.batches(state.step, self.plan.total_steps - state.step):
+            self.clock.mark("data_wait")
+            output = self.stepper(batch, state.step, self._learning_rate(state))
+            agreed = self._agree(output, batch, stop)
+            state = self._advance(state, output, agreed)
+            self._record(state, batch, output, agreed)
+            last = state.step == self.plan.total_steps
+            if last or _is_due(state.step, self.plan.eval_every):
+                self._evaluate(state)
+            if last or agreed.stop or agreed.save or _is_due(state.step, self.plan.save_every):
+                self._save(state)
+                saved_step = state.step
+            if agreed.stop:
+                break
+        if state.step != saved_step:
+            self._save(state)
+        self.checkpoints.wait()
+        return state
+
+    def _learning_rate(self, state: TrainState) -> float:
+        batch = self.config.train.global_batch_size
+        return self.config.optim.lr * learning_rate(
+            self.config.schedule,
+            state.samples_seen,
+            self.plan.total_steps * batch,
+            global_batch_size=batch,
+            epoch_samples=self.epoch_samples,
+        )
+
+    def _agree(self, output: StepOutput, batch: Batch, stop: Callable[[], bool]) -> _Agreed:
+        """One small reduction a step: whatever any rank saw, all ranks act on together."""
+        over = time.monotonic() - self._last_save > self.plan.save_every_s
+        numbers = torch.tensor(
+            [float(output.loss), batch.num_bad, stop(), over and self.ranks.is_first],
+            dtype=torch.float64,
+            device=self.ranks.device,
+        )
+        dist.all_reduce(numbers, group=self.ranks.group)
+        loss, num_bad, stops, saves = numbers.tolist()
+        return _Agreed(loss / self.ranks.world_size, int(num_bad), stops > 0, saves > 0)
+
+    def _advance(self, state: TrainState, output: StepOutput, agreed: _Agreed) -> TrainState:
+        batch = self.config.train.global_batch_size
+        applied = output.result.applied
+        state = replace(
+            state,
+            step=state.step + 1,
+            samples_seen=state.samples_seen + batch,
+            bad_samples=state.bad_samples + agreed.num_bad,
+            skipped_steps=state.skipped_steps + (not applied),
+            skipped_in_row=0 if applied else state.skipped_in_row + 1,
+        )
+        if applied:
+            self.engine.clamp(self.model.log_scale, *self.model.log_scale_limits)
+            if self.average is not None:
+                self.average.update(state.step)
+        else:
+            logger.warning(
+                "step %d skipped: loss %s, a gradient was not finite", state.step, agreed.loss
+            )
+        self._check_limits(state)
+        return state
+
+    def _check_limits(self, state: TrainState) -> None:
+        if state.skipped_in_row > self.config.train.max_skipped:
+            raise TrainingError(
+                f"step {state.step}: {state.skipped_in_row} steps in a row had a loss or gradient "
+                f"that was not finite (train.max_skipped = {self.config.train.max_skipped}); "
+                f"last good checkpoint: {self._last_checkpoint()}; lower optim.lr, set "
+                "optim.clip_norm, or look at the samples of these steps with log.samples = true"
+            )
+        share = state.bad_samples / state.samples_seen
+        limit = self.config.data.max_bad_fraction
+        if state.bad_samples > BAD_SAMPLES_GRACE and share > limit:
+            raise DataError(
+                f"step {state.step}: {state.bad_samples} of {state.samples_seen} samples were bad "
+                f"({share:.1%}, data.max_bad_fraction = {limit:.1%}); each is named once in "
+                f"{self.run_dir / 'log'}; last checkpoint: {self._last_checkpoint()}"
+            )
+
+    def _last_checkpoint(self) -> str:
+        steps = list_steps(self.checkpoints.folder)
+        return str(self.checkpoints.folder / step_name(steps[-1])) if steps else "none"
+
+    def _record(self, state: TrainState, batch: Batch, output: StepOutput, agreed: _Agreed) -> None:
+        for shard, key, reason in batch.bad:
+            logger.warning("bad sample %s:%s replaced: %s", shard, key, reason)
+        if self.config.log.samples:
+            self._record_samples(state, batch)
+        self.clock.mark("log")
+        if not (_is_due(state.step, self.plan.log_every) or state.step == self.plan.total_steps):
+            return
+        seconds = self.clock.drain(self.plan.log_every)
+        batch_size = self.config.train.global_batch_size
+        values: dict[str, Any] = {
+            "epoch": state.samples_seen / self.epoch_samples,
+            "loss": agreed.loss,
+            "lr": self._learning_rate(replace(state, samples_seen=state.samples_seen - batch_size)),
+            "scale": float(output.embeddings.scale),
+            "grad_norm": output.result.grad_norm,
+            "samples_per_s": batch_size / seconds["step_s"],
+            "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
+            "bad_samples": state.bad_samples,
+            "skipped_steps": state.skipped_steps,
+            **seconds,
+        }
+        self.writer.write_step(state.step, state.samples_seen, values)
+
+    def _record_samples(self, state: TrainState, batch: Batch) -> None:
+        rows: list[Any] = [None] * self.ranks.world_size
+        here = list(zip(batch.positions.tolist(), batch.keys, strict=True))
+        dist.gather_object(here, rows if self.ranks.is_first else None, group=self.ranks.group)
+        if self.ranks.is_first:
+            keys = [key for _, key in sorted(row for part in rows for row in part)]
+            write_samples(self.run_dir, state.step, keys)
+
+    def _record_cosines(self, state: TrainState, batch: Batch, output: StepOutput) -> None:
+        images, texts = output.embeddings.images, output.embeddings.texts
+        ids = batch.ids.to(self.ranks.device)
+        counts = cosine_histograms(images, texts, ids, self.ranks.group)
+        self.writer.write_cosines(state.step, state.samples_seen, counts)
+
+    def _evaluate(self, state: TrainState) -> None:
+        if self.validation is None:
+            return
+        if self.average is not None:
+            self.average.swap()
+        results = self.validation(self.engine.forward_model())
+        if self.average is not None:
+            self.average.swap()
+        self.writer.write_evaluation(state.step, state.samples_seen, results)
+        self.clock.restart()
+
+    def _save(self, state: TrainState) -> None:
+        files: dict[str, Any] = self.engine.files()
+        if self.average is not None:
+            averages = self.average.whole(self.engine)
+            if self.ranks.is_first:
+                files["ema.safetensors"] = averages
+        state = replace(state, engine=self.engine.state())
+        self.checkpoints.save(state, dump_config(self.config), files)
+        self._last_save = time.monotonic()
+        self.clock.mark("checkpoint")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

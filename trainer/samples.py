@@ -1,0 +1,99 @@
+"""The training samples of a configuration, and whether a run on them can work at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.config import DataConfig
+from data.dataset import SampleSet
+from data.index import Index, load_index
+from trainer.config import Config, ConfigError
+from trainer.models import build_model
+from trainer.ranks import Ranks
+
+Progress = Callable[[int, int], None]
+
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two Adam moments
+
+
+def index_shards(
+    shards: str | list[str], data: DataConfig, progress: Progress | None = None
+) -> Index:
+    """The index of some shards with the member names of `data`; built where it is missing."""
+    return load_index(
+        shards,
+        image_key=data.image_key,
+        caption_key=data.caption_key,
+        label_key=data.label_key,
+        progress=progress,
+    )
+
+
+def build_samples(config: Config, progress: Progress | None = None) -> SampleSet:
+    """All training sources as one set. Raises ConfigError where none is named."""
+    sources = config.data.all_sources()
+    if not sources:
+        raise ConfigError(
+            "no training data: set data.shards, e.g. --data.shards=/datasets/x-{000..007}.tar"
+        )
+    indexes = [index_shards(source.shards, config.data, progress) for source in sources]
+    return SampleSet(
+        indexes,
+        weights=[source.weight for source in sources],
+        seed=config.train.seed,
+        chunk=config.data.chunk,
+        lanes=config.data.lanes,
+        window=config.data.window,
+    )
+
+
+def load_samples(config: Config, ranks: Ranks) -> SampleSet:
+    """As `build_samples` on every rank, with the index built by the first one alone."""
+    if ranks.is_first:
+        samples = build_samples(config)
+    dist.barrier(group=ranks.group)
+    return samples if ranks.is_first else build_samples(config)
+
+
+def check_fit(config: Config, samples: SampleSet, world_size: int) -> None:
+    """Raise ConfigError for a batch, set and number of ranks that cannot go together."""
+    batch = config.train.global_batch_size
+    if batch > samples.num_samples:
+        raise ConfigError(
+            f"train.global_batch_size = {batch} is larger than the set of {samples.num_samples} "
+            "samples: a sample would meet itself; lower it or add shards"
+        )
+    if world_size > batch:
+        raise ConfigError(
+            f"{world_size} ranks for train.global_batch_size = {batch}: some would have no sample; "
+            "start at most that many, or raise the batch"
+        )
+
+
+def check_memory(config: Config, num_ranks: int) -> None:
+    """Raise ConfigError when the state of `num_ranks` CPU ranks cannot fit this machine's memory.
+
+    Counts weights, gradients and Adam's moments only; activations come on top.
+    """
+    model = build_model(config.model, loss_name=config.loss.name, device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if torch.cuda.is_available():
+        return
+    needed = parameters * BYTES_PER_PARAMETER * num_ranks
+    available = _available_bytes()
+    if needed > available:
+        raise ConfigError(
+            f"--nproc {num_ranks}: {parameters:,} parameters need {needed / 2**30:.1f} GiB for "
+            f"weights, gradients and optimizer state, {available / 2**30:.1f} GiB are free here; "
+            "start fewer ranks, or take a smaller model.name"
+        )
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,172 @@
+"""`train(config, run, ranks)`: builds everything in order, then the loop. Read it first.
+
+index -> order -> towers -> optimizer -> engine -> checkpoint -> loader -> loop (`trainer/loop.py`),
+which calls the step (`trainer/step.py`), which calls towers and loss.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.augment import ImageTransform
+from data.dataset import SampleSet
+from data.loader import TrainLoader
+from trainer.checkpoint import CheckpointFolder, TrainState, load_averages, load_state, portable
+from trainer.config import Config, ConfigError
+from trainer.ema import WeightAverage
+from trainer.engine import Engine
+from trainer.loop import Loop, Plan
+from trainer.metrics import MetricsWriter, StepClock
+from trainer.models import TwoTower, build_model
+from trainer.objective import build_objective
+from trainer.optim import build_optimizer, parameter_groups
+from trainer.ranks import Ranks
+from trainer.run import check_config, log_to_file, open_run
+from trainer.samples import check_fit, load_samples
+from trainer.step import Stepper
+from trainer.validate import AUTOCAST, Validation
+
+logger = logging.getLogger("nsphere.train")
+
+
+def never() -> bool:
+    """A stop request that never comes."""
+    return False
+
+
+def train(
+    config: Config,
+    run: Path,
+    ranks: Ranks,
+    *,
+    resume: bool = True,
+    stop: Callable[[], bool] = never,
+) -> TrainState:
+    """Train, or go on with the run in folder `run`; every rank calls it together.
+
+    `stop` is asked after every step; when it is true on any rank, all save and return. The run is
+    finished when the returned `step` is the last. Raises ConfigError, DataError, CheckpointError
+    for what the user can mend, TrainingError when training itself went wrong.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    check_config(run, config, resume=resume)
+    lock = open_run(run, config) if ranks.is_first else None
+    dist.barrier(group=ranks.group)
+    log_to_file(run, ranks.rank)
+    samples = load_samples(config, ranks)
+    check_fit(config, samples, ranks.world_size)
+    plan = Plan.build(config, samples.epoch_samples)
+    checkpoints = CheckpointFolder(
+        run / "checkpoints",
+        ranks,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=plan.keep_every,
+        background=config.checkpoint.background,
+    )
+    model, engine, average, state = _restore(config, ranks, checkpoints.newest(), samples)
+    clock = StepClock(ranks.device)
+    loader = _build_loader(config, model, samples, ranks)
+    writer = MetricsWriter(run, config, ranks, total_steps=plan.total_steps, start_step=state.step)
+    loop = Loop(
+        config=config,
+        run_dir=run,
+        ranks=ranks,
+        plan=plan,
+        model=model,
+        engine=engine,
+        stepper=_build_stepper(config, engine, ranks, clock),
+        average=average,
+        checkpoints=checkpoints,
+        writer=writer,
+        validation=_build_validation(config, model, ranks),
+        epoch_samples=samples.epoch_samples,
+        clock=clock,
+    )
+    try:
+        return loop.run(loader, state, stop)
+    finally:
+        loader.close()
+        writer.close()
+        if lock is not None:
+            lock.close()
+
+
+def _restore(
+    config: Config, ranks: Ranks, found: Path | None, samples: SampleSet
+) -> tuple[TwoTower, Engine, WeightAverage | None, TrainState]:
+    """Towers, engine and state, at the start or as checkpoint `found` has them."""
+    state = TrainState(
+        fingerprint=samples.fingerprint, world_size=ranks.world_size, zero_stage=config.zero.stage
+    )
+    if found is not None:
+        state = load_state(found)
+        _check_same_data(state, samples, found)
+    model = build_model(
+        config.model,
+        loss_name=config.loss.name,
+        seed=config.train.seed,
+        device=ranks.device,
+        load_weights=found is None,
+    )
+    optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, ranks.device)
+    converted = state.zero_stage > 0 and state.world_size != ranks.world_size
+    engine = Engine(model, optimizer, config, ranks, universal=converted)
+    average = WeightAverage(model, config.train.ema) if config.train.ema else None
+    if found is not None:
+        with portable(found, ranks, convert=converted) as folder:
+            engine.load(folder, state.engine)
+        if average is not None:
+            average.load(load_averages(found), engine)
+        logger.info("going on from %s at %d samples", found, state.samples_seen)
+    return model, engine, average, replace(state, world_size=ranks.world_size)
+
+
+def _check_same_data(state: TrainState, samples: SampleSet, found: Path) -> None:
+    if state.fingerprint != samples.fingerprint:
+        raise ConfigError(
+            f"{found} was trained on other data (fingerprint {state.fingerprint}, these shards "
+            f"have {samples.fingerprint}): give the same shards in the same order, or another --run"
+        )
+
+
+def _build_loader(config: Config, model: TwoTower, samples: SampleSet, ranks: Ranks) -> TrainLoader:
+    return TrainLoader(
+        samples,
+        config.data,
+        image_transform=ImageTransform(
+            model.image_size, config.data.augment, resize_mode=model.resize_mode
+        ),
+        tokenizer_spec=model.tokenizer_spec,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_type=ranks.device.type,
+    )
+
+
+def _build_stepper(config: Config, engine: Engine, ranks: Ranks, clock: StepClock) -> Stepper:
+    rows = -(-config.train.global_batch_size // ranks.world_size)  # of the rank that has most
+    chunk_size = config.train.chunk_size or rows
+    fewest = config.train.global_batch_size // ranks.world_size
+    return Stepper(
+        engine=engine,
+        objective=build_objective(config.loss, ranks.group),
+        seed=config.train.seed,
+        num_chunks=min(-(-rows // chunk_size), fewest),
+        device=ranks.device,
+        autocast_dtype=AUTOCAST[config.train.precision],
+        clock=clock,
+    )
+
+
+def _build_validation(config: Config, model: TwoTower, ranks: Ranks) -> Validation | None:
+    if not config.data.val_shards:
+        return None
+    return Validation.build(config, model, ranks, config.data.val_shards)
