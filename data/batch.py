@@ -1,0 +1,264 @@
+"""Samples of an index -> tensors: read, decode, transform, tokenize; bad samples are replaced.
+
+Everything here is a function of the samples and their positions, so that it is the same in any
+worker of any rank. The processes around it are in `data/loader.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.augment import ImageTransform, KeyedRng
+from data.config import DataConfig
+from data.dataset import Int64s, Rows, SampleSet, sample_name
+from data.decode import BadSample, decode_image
+from data.errors import DataError
+from data.index import Entry, Index, Part
+from data.order import derive_key
+from data.read import Reader
+from data.text import CaptionReader, Tokenizer, TokenizerSpec, build_tokenizer, caption_hash
+
+MAX_SUBSTITUTES = 32
+"""Samples tried in place of a bad one before the data is called unusable."""
+_SUBSTITUTE = 4  # what the key is for; 1 to 3 are the order's
+
+
+class Bad(NamedTuple):
+    """A sample that cannot be used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one global batch, on the CPU."""
+
+    images: Tensor  # (n, 3, H, W) uint8, channels last in memory
+    texts: Tensor  # (n, T) int64
+    ids: Tensor  # (n,) int64 sample id over all sources, of the sample really delivered
+    caption_ids: Tensor  # (n,) int64 hash of the caption chosen
+    labels: Tensor  # (n,) int64, -1 when unknown
+    positions: Tensor  # (n,) int64 places in the run's stream of samples
+    keys: list[str]
+    """(n,) "<shard name>:<key>"."""
+    num_bad: int = 0
+    """Rows whose own sample was bad and that hold a substitute."""
+    bad: tuple[Bad, ...] = ()
+    """Each sample that could not be used, substitutes that were bad too included."""
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from where copies to a GPU overlap with work."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+
+_TENSORS = ("images", "texts", "ids", "caption_ids", "labels", "positions")
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Samples of an evaluation; one that is bad is left out."""
+
+    images: Tensor  # (n, 3, H, W) uint8
+    ids: Tensor  # (n,) int64 sample id in the index
+    labels: Tensor  # (n,) int64, -1 when unknown
+    texts: Tensor  # (m, T) int64 all captions of all n samples
+    text_owner: Tensor  # (m,) int64 row of this batch that each text belongs to
+    captions: list[str]
+    """(m,) the texts before they were tokenized."""
+    keys: list[str]
+    bad: tuple[Bad, ...] = ()
+
+
+def join_batches(pieces: Sequence[Batch]) -> Batch:
+    """One batch of the rows of several, in order."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Batch(
+        **{name: torch.cat([getattr(piece, name) for piece in pieces]) for name in _TENSORS},
+        keys=[key for piece in pieces for key in piece.keys],
+        num_bad=sum(piece.num_bad for piece in pieces),
+        bad=tuple(bad for piece in pieces for bad in piece.bad),
+    )
+
+
+class SampleReader:
+    """Bytes of samples, and pictures and captions from bytes; open files stay in the process."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        transform: ImageTransform,
+        spec: TokenizerSpec | None,
+        indexes: Sequence[Index],
+    ) -> None:
+        self.config = config
+        self.transform = transform
+        self.captions = CaptionReader(config.caption_key, normalize=config.normalize_captions)
+        self._caption_endings = ";".join(self.captions.endings)
+        self.tokenizer: Tokenizer | None = build_tokenizer(spec) if spec else None
+        self._reader = Reader(
+            cache_dir=config.cache_dir,
+            cache_bytes=config.cache_bytes,
+            versions={
+                shard.url: (shard.size_bytes, shard.version)
+                for index in indexes
+                for shard in index.shards
+            },
+        )
+
+    def read(self, entries: Sequence[Entry]) -> list[tuple[memoryview | bytes, ...]]:
+        """Image and caption member of each entry; DataError where a shard cannot be read."""
+        parts = [self._parts(entry) for entry in entries]
+        spans = [
+            (entry.shard, part.offset, part.size)
+            for entry, pair in zip(entries, parts, strict=True)
+            for part in pair
+        ]
+        found = iter(self._reader.read_many(spans))
+        return [tuple(next(found) for _ in pair) for pair in parts]
+
+    def picture(
+        self, member: memoryview | bytes, rng: np.random.Generator | None, out: Tensor
+    ) -> None:
+        """Decode and transform an image member into `out`; BadSample when it cannot be."""
+        self.transform(decode_image(member, self.config.max_pixels), rng, out)
+
+    def new_images(self, num: int) -> Tensor:  # (num, 3, H, W) uint8
+        """Memory for pictures, in the layout that is fastest to fill."""
+        return torch.empty(
+            (num, 3, *self.transform.size), dtype=torch.uint8, memory_format=torch.channels_last
+        )
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:  # (n, T) int64
+        """Tokens of captions; without a tokenizer rows of none."""
+        if self.tokenizer is None:
+            return torch.empty((len(captions), 0), dtype=torch.int64)
+        return self.tokenizer(captions)
+
+    def _parts(self, entry: Entry) -> tuple[Part, ...]:
+        wanted = [self.config.image_key] + [self._caption_endings] * (self.tokenizer is not None)
+        parts = [entry.part(endings) for endings in wanted]
+        for part, endings in zip(parts, wanted, strict=True):
+            if part is None:
+                raise DataError(f"{sample_name(entry)} has no member with the ending {endings}")
+        return tuple(part for part in parts if part is not None)
+
+
+class TrainRows:
+    """Positions -> Batch, with augmentation and substitutes keyed by seed and position."""
+
+    def __init__(
+        self, samples: SampleSet, reader: SampleReader, *, global_batch_size: int, seed: int
+    ) -> None:
+        self.samples = samples
+        self.reader = reader
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self._image_rng = KeyedRng(seed, "image")
+        self._caption_rng = KeyedRng(seed, "caption")
+
+    def load(self, positions: Int64s) -> Batch:
+        """The samples at these positions, a bad one replaced by a good one of its source."""
+        rows = self.samples.rows(positions, self.global_batch_size)
+        entries = self.samples.entries(rows.ids)
+        members = self.reader.read(entries)
+        images = self.reader.new_images(len(entries))
+        ids, captions, bad, num_bad = rows.ids.copy(), [], list[Bad](), 0
+        for row, entry in enumerate(entries):
+            epoch = int(rows.epochs[row])
+            try:
+                caption = self._fill(images[row], members[row], epoch, int(ids[row]))
+            except BadSample as error:
+                bad.append(Bad(entry.shard, entry.key, str(error)))
+                num_bad += 1
+                ids[row], entries[row], caption = self._substitute(images[row], rows, row, bad)
+            captions.append(caption)
+        return Batch(
+            images=images,
+            texts=self.reader.tokens(captions),
+            ids=torch.from_numpy(ids),
+            caption_ids=torch.tensor([caption_hash(text) for text in captions], dtype=torch.int64),
+            labels=torch.tensor([entry.label for entry in entries], dtype=torch.int64),
+            positions=torch.from_numpy(positions),
+            keys=[sample_name(entry) for entry in entries],
+            num_bad=num_bad,
+            bad=tuple(bad),
+        )
+
+    def _fill(
+        self, image: Tensor, members: tuple[memoryview | bytes, ...], epoch: int, sample: int
+    ) -> str:
+        """Put the sample's picture into `image`; return the caption drawn for it."""
+        caption = ""
+        if len(members) > 1:
+            choices = self.reader.captions.captions(members[1])
+            rng = self._caption_rng(epoch, sample)
+            caption = self.reader.captions.choose(choices, rng)
+        self.reader.picture(members[0], self._image_rng(epoch, sample), image)
+        return caption
+
+    def _substitute(
+        self, image: Tensor, rows: Rows, row: int, bad: list[Bad]
+    ) -> tuple[int, Entry, str]:
+        """A good sample drawn by position, so that every world size draws the same one."""
+        source, epoch = int(rows.sources[row]), int(rows.epochs[row])
+        position = int(rows.positions[row])
+        first, size = int(self.samples.offsets[source]), self.samples.orders[source].num_samples
+        batch = self.samples.batch(position // self.global_batch_size, self.global_batch_size)
+        taken = set(batch.ids.tolist())
+        for attempt in range(MAX_SUBSTITUTES):
+            key = derive_key(self.seed, _SUBSTITUTE, position, attempt)[0]
+            sample = first + int(key % np.uint64(size))
+            if sample in taken and attempt < MAX_SUBSTITUTES // 2:
+                continue  # a sample twice in a batch is worth avoiding while there is a choice
+            (entry,) = self.samples.entries(np.array([sample], np.int64))
+            try:
+                (members,) = self.reader.read([entry])
+                return sample, entry, self._fill(image, members, epoch, sample)
+            except BadSample as error:
+                bad.append(Bad(entry.shard, entry.key, str(error)))
+        raise DataError(
+            f"no usable sample among {MAX_SUBSTITUTES} drawn to replace {bad[0].key} of "
+            f"{bad[0].shard} ({bad[0].reason}): most of this data cannot be decoded"
+        )
+
+
+class EvalRows:
+    """Sample ids -> EvalBatch with every caption of each sample, without augmentation."""
+
+    def __init__(self, index: Index, reader: SampleReader) -> None:
+        self.index = index
+        self.reader = reader
+
+    def load(self, ids: Int64s) -> EvalBatch:
+        """These samples, bad ones left out."""
+        entries = self.index.entries(ids)
+        members = self.reader.read(entries)
+        images = self.reader.new_images(len(entries))
+        good, captions, owners, bad = list[int](), list[str](), list[int](), list[Bad]()
+        for row, entry in enumerate(entries):
+            try:
+                texts = self.reader.captions.captions(members[row][1]) if members[row][1:] else []
+                self.reader.picture(members[row][0], None, images[len(good)])
+            except BadSample as error:
+                bad.append(Bad(entry.shard, entry.key, str(error)))
+                continue
+            captions += texts
+            owners += [len(good)] * len(texts)
+            good.append(row)
+        return EvalBatch(
+            images=images[: len(good)],
+            ids=torch.from_numpy(np.asarray(ids)[good]),
+            labels=torch.tensor([entries[row].label for row in good], dtype=torch.int64),
+            texts=self.reader.tokens(captions),
+            text_owner=torch.tensor(owners, dtype=torch.int64),
+            captions=captions,
+            keys=[sample_name(entries[row]) for row in good],
+            bad=tuple(bad),
+        )
