@@ -10,7 +10,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore
 
 from trainer.ranks import Ranks
 
@@ -69,7 +68,7 @@ def open_ranks(environment: Mapping[str, str]) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():
             raise LaunchError(
-                f"local rank {place.local_rank} has no GPU, {torch.cuda.device_count()} are visible: "
+                f"local rank {place.local_rank} has no GPU ({torch.cuda.device_count()} visible): "
                 "start fewer ranks a node, or set CUDA_VISIBLE_DEVICES="
             )
         device = torch.device("cuda", place.local_rank)
@@ -85,7 +84,8 @@ def _init_group(place: Place, environment: Mapping[str, str], device: torch.devi
     backend = "nccl" if device.type == "cuda" else "gloo"
     if place.source == "plain":
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads them
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return
     if place.source == "slurm":
         address, port = slurm_master(environment)

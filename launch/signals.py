@@ -13,6 +13,9 @@ from types import FrameType
 STOPPED = 85
 """Exit code of a run that saved and stopped because it was asked to: start it again to go on."""
 
+BAD_INPUT = 2
+"""Exit code when the command line, the configuration or the data must be mended first."""
+
 _PR_SET_PDEATHSIG = 1
 
 

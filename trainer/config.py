@@ -280,9 +280,17 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: no such file{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
-    for override in overrides or []:
-        _apply_override(tree, override)
+    for name, texts in _group_overrides(overrides or []).items():
+        _apply_override(tree, name, texts)
     return parse_config(tree, str(path))
+
+
+def load_overrides(overrides: list[str]) -> Config:
+    """The defaults with `section.key=value` overrides, for commands that need no file."""
+    tree: dict[str, Any] = {}
+    for name, texts in _group_overrides(overrides).items():
+        _apply_override(tree, name, texts)
+    return parse_config(tree, "command line")
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> Config:
@@ -294,16 +302,26 @@ def parse_config(tree: dict[str, Any], origin: str) -> Config:
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    name, equals, text = override.lstrip("-").partition("=")
-    if not equals:
-        raise ConfigError(f"{override}: an override is written --section.key=value")
+def _group_overrides(overrides: list[str]) -> dict[str, list[str]]:
+    """Values by key. A shell makes of x-{0..7}.tar an override a shard: they belong together."""
+    grouped: dict[str, list[str]] = {}
+    for override in overrides:
+        name, equals, text = override.lstrip("-").partition("=")
+        if not equals or "." not in name:
+            raise ConfigError(f"{override}: an override is written --section.key=value")
+        grouped.setdefault(name, []).append(text)
+    return grouped
+
+
+def _apply_override(tree: dict[str, Any], name: str, texts: list[str]) -> None:
     *sections, key = name.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{override}: {section} is a value, not a section")
-    tree[key] = _parse_value(text)
+            raise ConfigError(f"--{name}: {section} is a value, not a section")
+    if len(texts) > 1 and not key.endswith("shards"):
+        raise ConfigError(f"--{name} is given {len(texts)} times: {', '.join(texts)}")
+    tree[key] = texts if len(texts) > 1 else _parse_value(texts[0])
 
 
 def _parse_value(text: str) -> Any:

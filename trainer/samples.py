@@ -59,13 +59,9 @@ def load_samples(config: Config, ranks: Ranks) -> SampleSet:
 
 
 def check_fit(config: Config, samples: SampleSet, world_size: int) -> None:
-    """Raise ConfigError for a batch, set and number of ranks that cannot go together."""
+    """Raise DataError or ConfigError for a batch, set and number of ranks that do not fit."""
     batch = config.train.global_batch_size
-    if batch > samples.num_samples:
-        raise ConfigError(
-            f"train.global_batch_size = {batch} is larger than the set of {samples.num_samples} "
-            "samples: a sample would meet itself; lower it or add shards"
-        )
+    samples.check_batch_size(batch)
     if world_size > batch:
         raise ConfigError(
             f"{world_size} ranks for train.global_batch_size = {batch}: some would have no sample; "

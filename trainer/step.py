@@ -2,9 +2,9 @@
 
 A step in chunks (gradient caching, Gao et al. 2021, arXiv 2101.06983) embeds the rank's batch
 chunk by chunk without a graph, takes the loss and its gradient on the embeddings once, and embeds
-again to carry that gradient into the towers. It is the same step to rounding: masks of dropout are keyed by
-sample (`trainer/dropout.py`), any other draw is re-seeded per chunk, and gradients are reduced when
-the last chunk is done.
+again to carry that gradient into the towers. It is the same step to rounding: masks of dropout are
+keyed by sample (`trainer/dropout.py`), any other draw is re-seeded per chunk, and gradients are
+reduced when the last chunk is done.
 """
 
 from collections.abc import Iterator

@@ -45,11 +45,11 @@ def train(
     *,
     resume: bool = True,
     stop: Callable[[], bool] = never,
-) -> TrainState:
+) -> bool:
     """Train, or go on with the run in folder `run`; every rank calls it together.
 
-    `stop` is asked after every step; when it is true on any rank, all save and return. The run is
-    finished when the returned `step` is the last. Raises ConfigError, DataError, CheckpointError
+    True when the run is at its end. `stop` is asked after every step; when it is true on any rank,
+    all save and return False. Raises ConfigError, DataError, CheckpointError
     for what the user can mend, TrainingError when training itself went wrong.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
@@ -89,7 +89,7 @@ def train(
         clock=clock,
     )
     try:
-        return loop.run(loader, state, stop)
+        return loop.run(loader, state, stop).step == plan.total_steps
     finally:
         loader.close()
         writer.close()

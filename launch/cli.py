@@ -1,0 +1,172 @@
+"""The console script `nsphere`: parse, call, print. `nsphere COMMAND --help` shows an example.
+
+Heavy modules are imported inside the commands: help and errors of the command line come at once, and
+a rank's signal handlers stand before torch is loaded.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from launch import data_commands
+from launch.signals import BAD_INPUT, StopRequest, die_with_parent
+
+app = typer.Typer(
+    help=__doc__.splitlines()[0],
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_commands.register(app)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
+    nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU, or one.")] = 0,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
+    resume: Annotated[str, typer.Option(help="auto: go on with the folder's run; never.")] = "auto",
+) -> None:
+    """Train, or go on with the run in the folder. Any key: --section.key=value.
+
+    Example: nsphere train configs/clip_emoji.toml --data.shards=/datasets/emoji/train-{0..7}.tar
+    --nproc 2 --run runs/emoji
+
+    Also as a rank: torchrun --nproc-per-node 2 -m launch.cli train CONFIG, srun, accelerate launch.
+    """
+    from launch import runs
+
+    if resume not in ("auto", "never"):
+        _fail(f"--resume={resume}: choose auto or never")
+    folder = run or Path("runs") / config.stem
+    overrides = data_commands.join_overrides(context.args)
+    if runs.is_one_of_several():
+        raise typer.Exit(runs.train_rank(config, overrides, folder, resume == "auto", _stop))
+    raise typer.Exit(runs.train(config, overrides, folder, resume == "auto", nproc, _stop))
+
+
+@app.command("eval", context_settings=OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint in it.")],
+    data: Annotated[list[str] | None, typer.Option(help="Shards; default data.val_shards.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="retrieval, zero_shot.")] = None,
+    nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU.")] = 0,
+) -> None:
+    """Evaluate a run or checkpoint; the last line of stdout is one JSON object.
+
+    Example: nsphere eval runs/emoji --task zero_shot --data "/datasets/emoji/val-{0..1}.tar"
+    --eval.classes=/datasets/emoji/classes.tsv
+    """
+    from launch import runs
+
+    overrides = data_commands.join_overrides(context.args)
+    if data:
+        overrides += [f"--data.val_shards={shards}" for shards in data]
+    if task:
+        overrides.append(f"--eval.tasks={json.dumps(task)}")
+    if runs.is_one_of_several() or nproc in (0, 1):
+        results = runs.evaluate_rank(source, overrides)
+        if results is not None:
+            typer.echo(json.dumps(results))
+        return
+    raise typer.Exit(runs.evaluate(source, overrides, nproc))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint in it.")],
+    out: Annotated[Path, typer.Argument(help="Folder (open_clip) or file (safetensors).")],
+    format: Annotated[str, typer.Option(help="open_clip or safetensors.")] = "open_clip",
+    ema: Annotated[bool, typer.Option(help="Averaged weights, where the run keeps some.")] = True,
+) -> None:
+    """Write the weights for people without nsphere.
+
+    Example: nsphere export runs/emoji exported/emoji, then in Python
+    open_clip.create_model_and_transforms("local-dir:exported/emoji")
+    """
+    from trainer.checkpoint import find_checkpoint, load_checkpoint_config, load_weights
+    from trainer.export import export_open_clip, export_safetensors
+
+    if format not in ("open_clip", "safetensors"):
+        _fail(f"--format={format}: choose open_clip or safetensors")
+    checkpoint = find_checkpoint(source)
+    weights, config = load_weights(checkpoint, ema=ema), load_checkpoint_config(checkpoint)
+    if format == "open_clip":
+        export_open_clip(weights, config.model, out, loss_name=config.loss.name)
+        typer.echo(
+            f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")'
+        )
+    else:
+        typer.echo(f"{checkpoint} -> {export_safetensors(weights, out)}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, of a run that goes on or has ended.")],
+) -> None:
+    """Write RUN/report.html: plots of loss, learning rate, scale, speed and cosines.
+
+    Example: nsphere report runs/emoji
+    """
+    from trainer.report import write_report
+
+    typer.echo(f"report: {write_report(run)}")
+
+
+@app.command(context_settings=OVERRIDES)
+def config(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+) -> None:
+    """Print the configuration with every default and override resolved, as valid TOML.
+
+    Example: nsphere config configs/smoke.toml --optim.lr=3e-4
+    """
+    from trainer.config import dump_config, load_config
+
+    overrides = data_commands.join_overrides(context.args)
+    typer.echo(dump_config(load_config(config, overrides)), nl=False)
+
+
+def _fail(text: str) -> NoReturn:
+    sys.stderr.write(f"nsphere: {text}\n")
+    raise typer.Exit(BAD_INPUT)
+
+
+_stop = StopRequest()
+
+
+def main() -> None:
+    """Run a command; what the user can mend is one line an error on stderr, and exit code 2."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        from data.errors import DataError
+        from launch.ranks import LaunchError
+        from trainer.checkpoint import CheckpointError
+        from trainer.config import ConfigError
+        from trainer.loop import TrainingError
+
+        if isinstance(error, TrainingError):
+            code = 1
+        elif isinstance(error, (DataError, ConfigError, CheckpointError, LaunchError)):
+            code = BAD_INPUT
+        else:
+            raise
+        if os.environ.get("RANK", "0") == "0":  # every rank found the same
+            sys.stderr.writelines(f"nsphere: {line}\n" for line in str(error).splitlines())
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What `nsphere train` and `nsphere eval` do: check everything once, then start ranks or be one."""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from data.index import Index
+from launch.local import run_local
+from launch.progress import shard_progress
+from launch.ranks import is_rank, open_ranks
+from launch.signals import BAD_INPUT, STOPPED, StopRequest
+from trainer.config import Config, ConfigError, load_config
+from trainer.run import STOPPED_MARKER, check_config
+from trainer.samples import build_samples, check_fit, check_memory, index_shards
+
+
+def is_one_of_several() -> bool:
+    """True in a rank that torchrun, accelerate or srun (or `run_local`) has started."""
+    return is_rank(os.environ)
+
+
+def train(
+    config_path: Path,
+    overrides: list[str],
+    run: Path,
+    resume: bool,  # noqa: FBT001
+    num_ranks: int,
+    stop: StopRequest,
+) -> int:
+    """Check the whole run in this process, then train on `num_ranks` ranks; the exit code."""
+    num_ranks = num_ranks or max(1, torch.cuda.device_count())
+    config = load_config(config_path, overrides)
+    check_config(run, config, resume=resume)
+    with shard_progress("indexing shards") as progress:
+        samples = build_samples(config, progress)
+        if config.data.val_shards:
+            index_shards(config.data.val_shards, config.data, progress)
+    _name_problems(samples.indexes)
+    check_fit(config, samples, num_ranks)
+    check_memory(config, num_ranks)
+    if num_ranks == 1:
+        return train_rank(config_path, overrides, run, resume, stop)
+    arguments = ["train", str(config_path), "--run", str(run), *overrides]
+    if not resume:
+        arguments.append("--resume=never")
+    code = run_local(num_ranks, arguments, stopped_marker=run / STOPPED_MARKER)
+    _say_end(code, run)
+    return code
+
+
+def train_rank(
+    config_path: Path,
+    overrides: list[str],
+    run: Path,
+    resume: bool,  # noqa: FBT001
+    stop: StopRequest,
+) -> int:
+    """Train as one rank of the group that the environment describes; the exit code."""
+    stop.install()
+    from trainer.train import train as train_together
+
+    config = load_config(config_path, overrides)
+    with open_ranks(os.environ) as ranks:
+        finished = train_together(config, run, ranks, resume=resume, stop=stop)
+        if finished or not ranks.is_first:
+            return 0 if finished else STOPPED
+    (run / STOPPED_MARKER).touch()
+    return STOPPED
+
+
+def evaluate(source: Path, overrides: list[str], num_ranks: int) -> int:
+    """Check, then evaluate on `num_ranks` ranks; rank 0 prints the JSON line. The exit code."""
+    checkpoint, config = _find(source, overrides)
+    with shard_progress("indexing shards") as progress:
+        index_shards(config.data.val_shards, config.data, progress)
+    check_memory(config, num_ranks)
+    return run_local(num_ranks, ["eval", str(checkpoint), *overrides])
+
+
+def evaluate_rank(source: Path, overrides: list[str]) -> dict[str, float | str] | None:
+    """Evaluate as one rank; the numbers on the first rank, None on the others."""
+    from trainer.checkpoint import load_weights
+    from trainer.export import load_towers
+    from trainer.validate import Validation
+
+    checkpoint, config = _find(source, overrides)
+    with open_ranks(os.environ) as ranks:
+        weights = load_weights(checkpoint, ema=True)
+        model = load_towers(weights, config.model, loss_name=config.loss.name, device=ranks.device)
+        results = Validation.build(config, model, ranks, config.data.val_shards)(model)
+        return {"checkpoint": str(checkpoint), **results} if ranks.is_first else None
+
+
+def _find(source: Path, overrides: list[str]) -> tuple[Path, Config]:
+    from trainer.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(source)
+    config = load_config(checkpoint / "config.toml", overrides)
+    if not config.data.val_shards:
+        raise ConfigError("no evaluation data: give --data SHARDS")
+    return checkpoint, config
+
+
+def _name_problems(indexes: tuple[Index, ...]) -> None:
+    """A line per kind of problem: `nsphere index` lists them all."""
+    problems = Counter(problem.kind for index in indexes for problem in index.problems)
+    for kind, count in problems.most_common():
+        example = next(p for index in indexes for p in index.problems if p.kind == kind)
+        sys.stderr.write(f"{count} x {kind}, left out; e.g. {example}\n")
+
+
+def _say_end(code: int, run: Path) -> None:
+    if code == STOPPED:
+        sys.stderr.write(f"saved and stopped; the same command goes on with {run}\n")
+    elif code > BAD_INPUT or code == 1:
+        sys.stderr.write(
+            f"a rank failed (exit code {code}); every rank's log is in {run / 'log'}; "
+            "the same command goes on from the last checkpoint\n"
+        )
