@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import ConfigError
+from trainer.evaluate.nearest import MAX_ID
 
 NAME_COLUMNS = ("name", "label")  # of a TSV, first found wins
 
@@ -84,9 +85,9 @@ def _read_table(path: str, lines: list[str]) -> list[tuple[int, str]]:
     names = []
     for number, row in enumerate(rows, start=2):
         label, name = (row["cls"] or "").strip(), (row[column] or "").strip()
-        if not label.isdecimal() or not name:
+        if not label.isdecimal() or int(label) > MAX_ID or not name:
             raise ConfigError(
-                f"eval.classes = {path!r}: line {number}: cls must be an integer and "
+                f"eval.classes = {path!r}: line {number}: cls must be an integer below 2^32 and "
                 f"{column} not empty, they are {label!r} and {name!r}"
             )
         names.append((int(label), name))

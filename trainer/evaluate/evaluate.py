@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from data.loader import EvalBatch
+from trainer.collectives import sum_over_ranks
 from trainer.config import ConfigError, EvalConfig
 from trainer.evaluate.classes import ClassNames, load_class_names, merge_class_names
-from trainer.evaluate.parts import part_sizes
 from trainer.evaluate.retrieval import retrieval
-from trainer.evaluate.towers import Embedded, EvalBatch, Tokenizer, Towers
+from trainer.evaluate.towers import Embedded, Tokenizer, Towers
 from trainer.evaluate.zero_shot import zero_shot
 from trainer.ranks import Ranks
 
@@ -36,10 +37,11 @@ def evaluate(
     model.eval()
     try:
         embedded = towers.embed(batches)
-        num_images = sum(part_sizes(len(embedded.ids), ranks.device, ranks.group))
+        counts = torch.tensor([len(embedded.ids), embedded.num_bad], device=ranks.device)
+        num_images, num_bad = sum_over_ranks(counts, ranks.group).tolist()
         if num_images == 0:
             raise ValueError("there is no sample to evaluate")
-        results: dict[str, float] = {"num_images": num_images}
+        results: dict[str, float] = {"num_images": num_images, "num_bad": num_bad}
         for task in config.tasks:
             results |= TASKS[task](towers, embedded, tokenizer, config, ranks.group)
     finally:

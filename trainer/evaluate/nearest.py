@@ -5,11 +5,14 @@ are summed in float64 and rounded to float32, and of equal cosines the lower id 
 float32 product would differ in its last bit with the shape of the tile.)
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from trainer.evaluate.parts import sum_over_ranks, visit_parts
+from trainer.collectives import gather_counts, own_rank, sum_over_ranks
 
 MAX_ID = 2**32 - 1
 NOBODY = torch.iinfo(torch.int64).min  # a key below every real one
@@ -41,6 +44,29 @@ def nearest(
                 keys = sort_keys(queries[rows].double() @ tile.T, tile_ids)
                 best[rows] = torch.cat([best[rows], keys], dim=1).topk(k).values
     return split_keys(best)
+
+
+def visit_parts(
+    rows: tuple[Tensor, ...],  # each (n, ...), equal n: this rank's part, perhaps none
+    group: ProcessGroup | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Every rank's part that is not empty, in rank order: memory holds two parts, never all.
+
+    Collective: every rank must run the iterator to its end.
+    """
+    if group is None:
+        yield from [rows] if len(rows[0]) else []
+        return
+    for rank, count in enumerate(gather_counts(len(rows[0]), group, rows[0].device)):
+        if count == 0:
+            continue
+        part = tuple(
+            row.contiguous() if rank == own_rank(group) else row.new_empty(count, *row.shape[1:])
+            for row in rows
+        )
+        for row in part:
+            dist.broadcast(row, group=group, group_src=rank)
+        yield part
 
 
 def sort_keys(

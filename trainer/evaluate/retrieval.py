@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from trainer.collectives import gather_counts, gather_rows, own_rank, sum_over_ranks
 from trainer.evaluate.nearest import nearest
-from trainer.evaluate.parts import gather_parts, part_sizes, sum_over_ranks
 
 Numbers = NDArray[np.int64]
 
@@ -75,19 +75,18 @@ class _Pairs:
 def _match_over_ranks(
     image_ids: Tensor, owners: Tensor, caption_ids: Tensor | None, group: ProcessGroup | None
 ) -> _Pairs:
-    known = np.sort(gather_parts(image_ids, group).cpu().numpy())
+    known = np.sort(_gather(image_ids, group))
     twice = known[1:][known[1:] == known[:-1]]
     if len(twice):
         raise ValueError(f"image id {twice[0]} comes twice: every sample must be evaluated once")
-    all_owners = gather_parts(owners, group).cpu().numpy()
+    all_owners = _gather(owners, group)
     captions = np.arange(len(all_owners))
     if caption_ids is not None:
-        captions = gather_parts(caption_ids, group).cpu().numpy()
+        captions = _gather(caption_ids, group)
     numbers, first_rows = _number_texts(captions, all_owners)
     places = np.searchsorted(known, all_owners)
     present = np.isin(all_owners, known)
-    sizes = part_sizes(len(owners), owners.device, group)
-    start = sum(sizes[: group.rank() if group else 0])
+    start = sum(gather_counts(len(owners), group, owners.device)[: own_rank(group)])
     mine = (first_rows >= start) & (first_rows < start + len(owners))
     return _Pairs(
         num_images=len(known),
@@ -97,6 +96,11 @@ def _match_over_ranks(
         text_rows=first_rows[mine] - start,
         text_numbers=mine.nonzero()[0],
     )
+
+
+def _gather(numbers: Tensor, group: ProcessGroup | None) -> Numbers:
+    counts = gather_counts(len(numbers), group, numbers.device)
+    return gather_rows(numbers, counts, group).cpu().numpy()
 
 
 def _number_texts(captions: Numbers, owners: Numbers) -> tuple[Numbers, Numbers]:

@@ -2,33 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.loader import EvalBatch
+from data.text import caption_hash
 from trainer.evaluate.classes import ClassNames, class_prompts
 from trainer.evaluate.zero_shot import class_embedding
 from trainer.ranks import Ranks
 
 Tokenizer = Callable[[list[str]], Tensor]  # m texts -> (m, T) int64
-
-
-class EvalBatch(Protocol):
-    """Samples with all their captions; each sample is in exactly one batch of one rank.
-
-    Batches go whole to ranks (batch b of the set to rank b % world_size, say), so that a row's
-    neighbours in a matrix product, and with them its last bits, are the same at any world size.
-    """
-
-    images: Tensor  # (n, 3, H, W) uint8
-    ids: Tensor  # (n,) int64 sample id, unique over the set
-    labels: Tensor  # (n,) int64, -1 when unknown
-    texts: Tensor  # (m, T) int64 tokens of all captions of the n samples
-    owners: Tensor  # (m,) int64 row in this batch of the image a caption belongs to
-    caption_ids: Tensor  # (m,) int64 hash of each caption
-    captions: Sequence[str]  # the m captions as text
 
 
 @dataclass(frozen=True)
@@ -41,6 +26,7 @@ class Embedded:
     tokens: list[Tensor]  # (m, T) in all, a batch's together
     owners: Tensor  # (m,) sample id of the image of each caption
     caption_ids: Tensor  # (m,)
+    num_bad: int  # samples left out because they cannot be read
     label_names: frozenset[tuple[int, str]]  # each (label, caption) of labelled samples
 
 
@@ -61,29 +47,37 @@ class Towers:
 
     def embed(self, batches: Iterable[EvalBatch]) -> Embedded:
         """All images of this rank's batches; tokens are kept for `embed_texts`."""
-        seen: list[tuple[Tensor, ...]] = []
+        columns: list[tuple[Tensor, ...]] = []
         label_names: set[tuple[int, str]] = set()
+        num_bad = 0
 
         def iter_images() -> Iterator[Tensor]:
+            nonlocal num_bad
             for batch in batches:
-                owners = batch.ids[batch.owners]
-                seen.append((batch.ids, batch.labels, owners, batch.caption_ids, batch.texts))
-                labels = batch.labels[batch.owners].tolist()
-                label_names.update(
-                    (label, caption)
-                    for label, caption in zip(labels, batch.captions, strict=True)
-                    if label >= 0
-                )
+                caption_ids = torch.tensor([caption_hash(text) for text in batch.captions])
+                owners = batch.ids[batch.text_owner]
+                columns.append((batch.ids, batch.labels, owners, caption_ids.long(), batch.texts))
+                labels = batch.labels[batch.text_owner].tolist()
+                label_names.update(zip(labels, batch.captions, strict=True))
+                num_bad += len(batch.bad)
                 yield batch.images
 
         images = self._run(iter_images(), lambda rows: self._model(rows, None).images, torch.uint8)
         nothing = torch.zeros(0, dtype=torch.int64)
         ids, labels, owners, caption_ids = (
-            torch.cat([nothing, *(columns[i] for columns in seen)]).to(self._ranks.device)
+            torch.cat([nothing, *(column[i] for column in columns)]).to(self._ranks.device)
             for i in range(4)
         )
-        tokens = [columns[4] for columns in seen]
-        return Embedded(images, ids, labels, tokens, owners, caption_ids, frozenset(label_names))
+        return Embedded(
+            images=images,
+            ids=ids,
+            labels=labels,
+            tokens=[column[4] for column in columns],
+            owners=owners,
+            caption_ids=caption_ids,
+            num_bad=num_bad,
+            label_names=frozenset(pair for pair in label_names if pair[0] >= 0),
+        )
 
     def embed_texts(self, tokens: Iterable[Tensor]) -> Tensor:  # (m, d) unit rows
         """Token rows as embeddings, at most `batch_size` at once."""

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from trainer.collectives import gather_counts, gather_rows, sum_over_ranks
 from trainer.evaluate.nearest import nearest
-from trainer.evaluate.parts import gather_parts, sum_over_ranks
 
 TOP_K = (1, 5, 10)
 
@@ -24,18 +24,19 @@ def zero_shot(
     `zero_shot_mean_per_class` is the mean of top 1 over the classes that have images. Of equal
     cosines the lower label comes first. Raises ValueError when no image has a label of a class.
     """
-    known = gather_parts(class_labels, group).sort().values
+    counts = gather_counts(len(class_labels), group, class_labels.device)
+    known = gather_rows(class_labels, counts, group).sort().values
     found = nearest(images, classes, class_labels, max(TOP_K), group)[1]
     hits = found == labels[:, None]  # (n, k)
     counted = torch.isin(labels, known)
     places = torch.searchsorted(known, labels[counted])
-    counts = torch.stack(
+    tally = torch.stack(
         [
             places.bincount(minlength=len(known)),
             *(places[hits[counted, :k].any(dim=1)].bincount(minlength=len(known)) for k in TOP_K),
         ]
     )  # (1 + len(TOP_K), classes)
-    in_class, *right_in_class = sum_over_ranks(counts, group).double()
+    in_class, *right_in_class = sum_over_ranks(tally, group).double()
     num_labelled = int(in_class.sum())
     if num_labelled == 0:
         raise ValueError(f"none of the images has a label among the {len(known)} classes")

@@ -1,0 +1,232 @@
+"""The plots of a run, one function each, drawn from the lines of its metrics.jsonl."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from trainer.metrics import read_metrics
+
+MAX_POINTS = 1000  # of a line: more cannot be seen
+SMOOTHING_SHARE = 0.02  # time constant of the smoothed line, as a share of the run
+COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#4a5568", "#2c7a7b")
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#e2e8f0",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nsphere",
+}
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The lines of a metrics.jsonl, sorted by kind; of a step that comes twice, the last."""
+
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    cosines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "RunLog":
+        """Whole lines only, by rising step."""
+        by_kind: dict[str, dict[int, dict[str, Any]]] = {
+            "loss": {},
+            "evaluation": {},
+            "cosines": {},
+        }
+        for line in read_metrics(path):
+            for kind, lines in by_kind.items():
+                if kind in line:
+                    lines[line["step"]] = line
+        return cls(*([lines[step] for step in sorted(lines)] for lines in by_kind.values()))
+
+    def column(self, name: str) -> tuple[Floats, Floats]:
+        """Steps and values of one number, NaN where a line lacks it or it was not finite."""
+        steps = np.array([line["step"] for line in self.steps], dtype=np.float64)
+        return steps, np.array([number(line.get(name)) for line in self.steps], dtype=np.float64)
+
+    def parts_of_a_step(self) -> list[str]:
+        """Names of the seconds that add up to `step_s`, in the order of a step."""
+        names = dict.fromkeys(name for line in self.steps for name in line)
+        rates = ("step_s", "samples_per_s")
+        return [name for name in names if name.endswith("_s") and name not in rates]
+
+    def evaluation_names(self) -> list[str]:
+        """Names of the numbers of any evaluation."""
+        return list(dict.fromkeys(name for line in self.evaluations for name in line["evaluation"]))
+
+
+def build_figures(log: RunLog) -> dict[str, Figure]:
+    """The plots that the lines have numbers for, by title, in reading order."""
+    figures: dict[str, Figure] = {}
+    with rc_context(STYLE):
+        for title, draw in PLOTS.items():
+            figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+            axes = figure.subplots()
+            if draw(axes, log):
+                axes.set_title(title)
+                figures[title] = figure
+    return figures
+
+
+def _draw_loss(axes: Axes, log: RunLog) -> bool:
+    steps, loss = log.column("loss")
+    axes.plot(*_thin(steps, loss), color=COLORS[0], alpha=0.35, linewidth=0.8)
+    axes.plot(*_thin(steps, smooth(loss)), color=COLORS[0])
+    return _finish(axes, steps, loss)
+
+
+def _draw_column(name: str, label: str = "", *, logarithmic: bool = False) -> "Draw":
+    def draw(axes: Axes, log: RunLog) -> bool:
+        steps, values = log.column(name)
+        axes.plot(*_thin(steps, values), color=COLORS[0])
+        axes.set_ylabel(label)
+        positive = values[np.isfinite(values)]
+        if logarithmic and len(positive) and positive.min() > 0:
+            axes.set_yscale("log")
+        return _finish(axes, steps, values, from_zero=not logarithmic)
+
+    return draw
+
+
+def _draw_times(axes: Axes, log: RunLog) -> bool:
+    names = log.parts_of_a_step()
+    if not names:
+        return False
+    steps = log.column(names[0])[0]
+    parts = np.nan_to_num(np.stack([log.column(name)[1] for name in names])) * 1000
+    thin = slice(None, None, _stride(len(steps)))
+    labels = [
+        f"{name.removesuffix('_s').replace('_', ' ')} {share:.0%}"
+        for name, share in zip(names, parts.sum(1) / max(parts.sum(), 1e-12), strict=True)
+    ]
+    axes.stackplot(steps[thin], parts[:, thin], labels=labels, colors=COLORS)
+    axes.set_ylabel("ms a step")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    return _finish(axes, steps, parts.sum(0), from_zero=True)
+
+
+def _draw_cosines(axes: Axes, log: RunLog) -> bool:
+    if not log.cosines:
+        return False
+    line = log.cosines[-1]
+    for color, (name, counts) in zip(COLORS, line["cosines"].items(), strict=False):
+        edges = np.linspace(-1, 1, len(counts) + 1)
+        label = f"{name.replace('_', ' ')}"
+        axes.stairs(
+            np.array(counts) / max(1, sum(counts)),
+            edges,
+            fill=True,
+            alpha=0.55,
+            color=color,
+            label=label,
+        )
+    axes.set_xlabel(f"cosine at step {line['step']}")
+    axes.set_ylabel("share of rows")
+    axes.legend()
+    return True
+
+
+def _draw_margins(axes: Axes, log: RunLog) -> bool:
+    if len(log.cosines) < 2:
+        return False
+    steps = np.array([line["step"] for line in log.cosines], dtype=np.float64)
+    for color, name in zip(COLORS, log.cosines[-1]["cosines"], strict=False):
+        bands = np.array(
+            [quantiles(line["cosines"][name], (0.1, 0.5, 0.9)) for line in log.cosines]
+        )
+        axes.fill_between(steps, bands[:, 0], bands[:, 2], color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, bands[:, 1], color=color, label=name.replace("_", " "))
+    axes.set_ylabel("cosine: median, 10-90 %")
+    axes.legend()
+    return _finish(axes, steps, steps)
+
+
+def _draw_evaluations(axes: Axes, log: RunLog) -> bool:
+    if len(log.evaluations) < 2:
+        return False
+    steps = np.array([line["step"] for line in log.evaluations], dtype=np.float64)
+    names = [name for name in log.evaluation_names() if not name.startswith("num_")]
+    for i, name in enumerate(names):
+        values = np.array([number(line["evaluation"].get(name)) for line in log.evaluations])
+        style = "-" if i < len(COLORS) else "--"
+        axes.plot(steps, values, style, color=COLORS[i % len(COLORS)], marker=".", label=name)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    return _finish(axes, steps, steps, from_zero=True)
+
+
+Draw = Callable[[Axes, RunLog], bool]
+
+PLOTS: dict[str, Draw] = {
+    "Loss": _draw_loss,
+    "Evaluation": _draw_evaluations,
+    "Learning rate": _draw_column("lr"),
+    "Scale of the cosines": _draw_column("scale", logarithmic=True),
+    "Bias of the logits": _draw_column("bias", logarithmic=True),
+    "Gradient norm": _draw_column("grad_norm", logarithmic=True),
+    "Throughput": _draw_column("samples_per_s", "samples a second"),
+    "Where a step's time goes": _draw_times,
+    "Positives and hardest negatives": _draw_cosines,
+    "Cosines over the run": _draw_margins,
+    "Peak memory": _draw_column("peak_memory_bytes", "bytes of the first rank"),
+}
+
+
+def _finish(axes: Axes, steps: Floats, values: Floats, *, from_zero: bool = False) -> bool:
+    """Common axes; whether there is anything to see."""
+    axes.set_xlabel("step")
+    axes.margins(x=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    return bool(len(steps)) and bool(np.isfinite(values).any())
+
+
+def smooth(values: Floats) -> Floats:
+    """Exponential moving average over a share of the run, unbiased at its start, blind to NaN."""
+    keep = 1 - 1 / max(1.0, SMOOTHING_SHARE * len(values))
+    mean = weight = 0.0
+    smoothed = np.full_like(values, math.nan)
+    for i, value in enumerate(values):
+        if math.isfinite(value):
+            mean = keep * mean + (1 - keep) * value
+            weight = keep * weight + (1 - keep)
+        smoothed[i] = mean / weight if weight else math.nan
+    return smoothed
+
+
+def quantiles(counts: Sequence[int], shares: Iterable[float]) -> list[float]:
+    """Quantiles of a histogram of cosines over [-1, 1], linear inside a bin; NaN when empty."""
+    total = np.concatenate([[0], np.cumsum(counts)])
+    edges = np.linspace(-1, 1, len(total))
+    if total[-1] == 0:
+        return [math.nan for _ in shares]
+    return [float(np.interp(share * total[-1], total, edges)) for share in shares]
+
+
+def _stride(count: int) -> int:
+    return max(1, -(-count // MAX_POINTS))
+
+
+def _thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
+    return steps[:: _stride(len(steps))], values[:: _stride(len(steps))]
+
+
+def number(value: Any) -> float:
+    """NaN for what is missing or was not finite."""
+    return float(value) if isinstance(value, int | float) else math.nan
