@@ -1,0 +1,1 @@
+"""Folders, tables, iterators and drawn scenes -> tar shards with their index."""
