@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from data.loader import EvalBatch
 from trainer.config import ConfigError, EvalConfig
+from trainer.evaluate import evaluate
 from trainer.evaluate.classes import ClassNames, class_prompts, load_class_names
 from trainer.evaluate.cosines import NUM_BINS, cosine_histograms
-from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.nearest import nearest, sort_keys, split_keys
 from trainer.evaluate.retrieval import retrieval
 from trainer.evaluate.zero_shot import class_embedding, zero_shot

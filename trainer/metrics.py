@@ -95,7 +95,7 @@ class MetricsWriter:
     def write_cosines(
         self, step: int, samples_seen: int, histograms: Mapping[str, list[int]]
     ) -> None:
-        """One line of `trainer.cosines.cosine_histograms`' counts."""
+        """One line of `trainer.evaluate.cosines.cosine_histograms`' counts."""
         if self._file is not None:
             self._append({"step": step, "samples_seen": samples_seen, "cosines": dict(histograms)})
 

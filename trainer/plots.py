@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from trainer.metrics import read_metrics
@@ -17,10 +18,12 @@ from trainer.metrics import read_metrics
 MAX_POINTS = 1000  # of a line: more cannot be seen
 SMOOTHING_SHARE = 0.02  # time constant of the smoothed line, as a share of the run
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#4a5568", "#2c7a7b")
+DASHES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titleweight": "bold",
@@ -92,15 +95,24 @@ def _draw_loss(axes: Axes, log: RunLog) -> bool:
     return _finish(axes, steps, loss)
 
 
-def _draw_column(name: str, label: str = "", *, logarithmic: bool = False) -> "Draw":
+def _draw_column(
+    name: str,
+    label: str = "",
+    *,
+    unit: float = 1.0,
+    from_zero: bool = False,
+    logarithmic: bool = False,
+) -> "Draw":
     def draw(axes: Axes, log: RunLog) -> bool:
         steps, values = log.column(name)
+        values = values / unit
         axes.plot(*_thin(steps, values), color=COLORS[0])
         axes.set_ylabel(label)
-        positive = values[np.isfinite(values)]
-        if logarithmic and len(positive) and positive.min() > 0:
+        if logarithmic and (values > 0).any():
             axes.set_yscale("log")
-        return _finish(axes, steps, values, from_zero=not logarithmic)
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
+        return _finish(axes, steps, values, from_zero=from_zero)
 
     return draw
 
@@ -163,10 +175,20 @@ def _draw_evaluations(axes: Axes, log: RunLog) -> bool:
         return False
     steps = np.array([line["step"] for line in log.evaluations], dtype=np.float64)
     names = [name for name in log.evaluation_names() if not name.startswith("num_")]
-    for i, name in enumerate(names):
+    tasks = list(dict.fromkeys(name.rpartition("_")[0] for name in names))
+    used = [0] * len(tasks)  # a color for what belongs together, a dash for each number of it
+    for name in names:
         values = np.array([number(line["evaluation"].get(name)) for line in log.evaluations])
-        style = "-" if i < len(COLORS) else "--"
-        axes.plot(steps, values, style, color=COLORS[i % len(COLORS)], marker=".", label=name)
+        task = tasks.index(name.rpartition("_")[0])
+        axes.plot(
+            steps,
+            values,
+            color=COLORS[task % len(COLORS)],
+            linestyle=DASHES[used[task] % len(DASHES)],
+            marker=".",
+            label=name,
+        )
+        used[task] += 1
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     return _finish(axes, steps, steps, from_zero=True)
 
@@ -176,22 +198,22 @@ Draw = Callable[[Axes, RunLog], bool]
 PLOTS: dict[str, Draw] = {
     "Loss": _draw_loss,
     "Evaluation": _draw_evaluations,
-    "Learning rate": _draw_column("lr"),
-    "Scale of the cosines": _draw_column("scale", logarithmic=True),
-    "Bias of the logits": _draw_column("bias", logarithmic=True),
+    "Learning rate": _draw_column("lr", from_zero=True),
+    "Scale of the cosines": _draw_column("scale"),
+    "Bias of the logits": _draw_column("bias"),
     "Gradient norm": _draw_column("grad_norm", logarithmic=True),
-    "Throughput": _draw_column("samples_per_s", "samples a second"),
+    "Throughput": _draw_column("samples_per_s", "samples a second", from_zero=True),
     "Where a step's time goes": _draw_times,
     "Positives and hardest negatives": _draw_cosines,
     "Cosines over the run": _draw_margins,
-    "Peak memory": _draw_column("peak_memory_bytes", "bytes of the first rank"),
+    "Peak memory": _draw_column("peak_memory_bytes", "GiB, first rank", unit=2**30, from_zero=True),
 }
 
 
 def _finish(axes: Axes, steps: Floats, values: Floats, *, from_zero: bool = False) -> bool:
     """Common axes; whether there is anything to see."""
     axes.set_xlabel("step")
-    axes.margins(x=0)
+    axes.set_xlim(0, max(1, *steps) if len(steps) else 1)
     if from_zero:
         axes.set_ylim(bottom=0)
     return bool(len(steps)) and bool(np.isfinite(values).any())

@@ -68,8 +68,8 @@ def _summary(log: RunLog) -> str:
         "loss": _show(last.get("loss")),
         "samples/s": _show(_median(log, "samples_per_s")),
         "data wait": _percent(_median(log, "data_wait_s"), _median(log, "step_s")),
-        "bad samples": _show(last.get("num_bad")),
-        "skipped steps": _show(last.get("num_skipped")),
+        "bad samples": _show(last.get("bad_samples")),
+        "skipped steps": _show(last.get("skipped_steps")),
     }
     return "".join(
         f"<div><b>{value}</b>{html.escape(label)}</div>" for label, value in facts.items() if value

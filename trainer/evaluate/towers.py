@@ -81,7 +81,7 @@ class Towers:
 
     def embed_texts(self, tokens: Iterable[Tensor]) -> Tensor:  # (m, d) unit rows
         """Token rows as embeddings, at most `batch_size` at once."""
-        chunks = (chunk for rows in tokens for chunk in rows.split(self._batch_size) if len(chunk))
+        chunks = (chunk for rows in tokens for chunk in rows.split(self._batch_size))
         return self._run(chunks, lambda rows: self._model(None, rows).texts, torch.int64)
 
     def embed_classes(
@@ -127,7 +127,7 @@ def in_step(
     ranks: Ranks,
 ) -> Iterator[tuple[Tensor, int]]:
     """This rank's chunks and their lengths, then blank rows and 0 until every rank has ended."""
-    rest = iter(chunks)
+    rest = (chunk for chunk in chunks if len(chunk))
     while True:
         chunk = next(rest, None)
         shape = _agree_on_shape(chunk, ranks)

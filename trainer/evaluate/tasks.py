@@ -1,4 +1,4 @@
-"""`evaluate`: the towers over an evaluation set, then the tasks that were asked for."""
+"""The towers over an evaluation set, then the tasks that were asked for."""
 
 from collections.abc import Iterable, Sequence
 
@@ -28,8 +28,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Plain numbers of `config.tasks` over all samples of all ranks; the same dict on every rank.
 
-    Collective: every rank calls it, and has the numbers of one process that saw every sample once.
-    The model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do
+    Collective: every rank calls it, and gets what one process would that saw every sample. The model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do
     not fit, ValueError when there is nothing to evaluate.
     """
     towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast)
