@@ -51,13 +51,14 @@ class Matched:
         rows, visitors = self.pairs.gradients(
             weights_of, rows=for_images or for_scale, visitors=for_texts
         )
-        if visitors is not None:
-            visitors.add_(self.images * self.scale, alpha=own_weight).mul_(mean)
-        if rows is None:
-            return None, visitors, None
         rows.add_(self.texts, alpha=own_weight).mul_(mean)
-        slope = (rows * self.images).sum() if for_scale else None
-        return rows.mul_(self.scale) if for_images else None, visitors, slope
+        visitors.add_(self.images * self.scale, alpha=own_weight).mul_(mean)
+        slope = (rows * self.images).sum()
+        return (
+            rows.mul_(self.scale) if for_images else None,
+            visitors if for_texts else None,
+            slope if for_scale else None,
+        )
 
 
 def match(

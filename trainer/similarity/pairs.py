@@ -65,6 +65,7 @@ class Pairs:
         self._tile = tile or _TILE.get(rows.device.type, _TILE_ELSEWHERE)
         self._counts = gather_counts(len(visitors), group, rows.device)
         self._visiting = build_visiting(visiting, visitors, self._counts, group, rows.dtype)
+        self._own_shape = visitors.shape
         self._start = sum(self._counts[: own_rank(group)])
         self._buffers: dict[str, Tensor] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}
@@ -92,7 +93,7 @@ class Pairs:
 
     def own_columns(self, rows: slice) -> slice:
         """Positions, among all visitors, of this rank's visitors at `rows`."""
-        return slice(self._start + rows.start, self._start + rows.stop)
+        return _shifted(rows, self._start)
 
     def new_rows(self, fill: float) -> Tensor:  # (n,)
         """One value a stationary row, for a statistic."""
@@ -118,7 +119,7 @@ class Pairs:
 
     def own(self, columns: Tensor) -> Tensor:  # (N,) -> (n,)
         """This rank's part of a complete statistic of the columns."""
-        return columns[self._start : self._start + self._counts[own_rank(self._group)]]
+        return columns[self._start : self._start + self._own_shape[0]]
 
     def tiles(self) -> Iterator[Tile]:
         """Each pair once: one sweep of the visitors."""
@@ -127,35 +128,31 @@ class Pairs:
 
     def gradients(
         self,
-        weights_of: Callable[
-            [Tile], Tensor
-        ],  # (m, k) pair weights dL/dvalue; may reuse the tile's memory
+        weights_of: Callable[[Tile], Tensor],  # (m, k) dL/dvalue; may reuse the tile's memory
         *,
         rows: bool = True,
         visitors: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:  # (n, d), (n, d)
-        """Gradients of this rank's stationary and visiting rows; None where not asked for."""
-        row_sums = torch.zeros_like(self._rows) if rows else None
-        way = self._visiting
+    ) -> tuple[Tensor, Tensor]:  # (n, d), (n, d)
+        """Gradients of this rank's stationary and visiting rows; 0 for a side not asked for.
+
+        It is the last sweep: kept tiles are given away.
+        """
+        row_sums, way = torch.zeros_like(self._rows), self._visiting
         for visit in way.visits_with_gradients() if visitors else way.visits():
             for tile in self._tiles_of(visit):
-                weights = weights_of(tile)
-                here = slice(
-                    tile.columns.start - visit.columns.start,
-                    tile.columns.stop - visit.columns.start,
-                )
-                if row_sums is not None:
+                weights, here = weights_of(tile), _shifted(tile.columns, -visit.columns.start)
+                if rows:
                     row_sums[tile.rows].addmm_(weights, visit.rows[here])
                 if visit.gradients is not None:
                     visit.gradients[here].addmm_(weights.T, self._rows[tile.rows])
-        return row_sums, way.gradients() if visitors else None
+        return row_sums, way.gradients() if visitors else self._rows.new_zeros(self._own_shape)
 
     def _tiles_of(self, visit: Visit) -> Iterator[Tile]:
         for first in range(0, self.num_rows, self._tile):
             rows = slice(first, min(first + self._tile, self.num_rows))
             for start in range(visit.columns.start, visit.columns.stop, self._tile):
                 columns = slice(start, min(start + self._tile, visit.columns.stop))
-                block = visit.rows[start - visit.columns.start : columns.stop - visit.columns.start]
+                block = visit.rows[_shifted(columns, -visit.columns.start)]
                 yield Tile(
                     self._multiply(self._rows[rows], block, (first, start)),
                     rows,
@@ -179,3 +176,7 @@ class Pairs:
             sides = (min(self._tile, side) for side in (self.num_rows, self.num_columns))
             self._buffers[name] = self._rows.new_empty(math.prod(sides))
         return self._buffers[name][: m * k].view(m, k)
+
+
+def _shifted(positions: slice, by: int) -> slice:
+    return slice(positions.start + by, positions.stop + by)
