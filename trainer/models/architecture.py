@@ -13,6 +13,7 @@ from typing import Any
 
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 
 from data.text import TokenizerSpec
@@ -76,7 +77,7 @@ def load_architecture(name: str, pretrained: str = "") -> Architecture:
     """
     tree = _read_config(name)
     model_cfg = deepcopy(tree.get("model_cfg", tree))
-    preprocess = tree.get("preprocess_cfg") or model_cfg.pop("preprocess_cfg", None)
+    preprocess = model_cfg.pop("preprocess_cfg", None) or tree.get("preprocess_cfg")
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
     if missing:
         raise ConfigError(
@@ -98,9 +99,7 @@ def find_weights(architecture: Architecture) -> Path:
     """
     weights, name = architecture.weights, architecture.name
     if weights.startswith(HUB):
-        return _download(
-            weights, lambda: open_clip.download_pretrained_from_hf(weights[len(HUB) :])
-        )
+        return _download(weights, lambda: download_pretrained_from_hf(weights[len(HUB) :]))
     path = Path(weights.removeprefix(LOCAL))
     if path.is_dir():
         return _weights_in(path)
@@ -119,9 +118,7 @@ def find_weights(architecture: Architecture) -> Path:
 def _read_config(name: str) -> dict[str, Any]:
     if name.startswith(HUB):
         repo = name[len(HUB) :]
-        path = _download(
-            name, lambda: open_clip.download_pretrained_from_hf(repo, filename=HF_CONFIG_NAME)
-        )
+        path = _download(name, lambda: download_pretrained_from_hf(repo, filename=HF_CONFIG_NAME))
         return _read_json(path)
     path = Path(name.removeprefix(LOCAL))
     if name.startswith(LOCAL) or path.is_dir():
@@ -148,7 +145,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         siblings = [other.name for other in path.parent.glob("*.json")]
         near = ", ".join(difflib.get_close_matches(path.name, siblings, 3, 0.4)) or "none"
-        raise ConfigError(f"model.name: {path} does not exist; nearest there: {near}") from None
+        raise ConfigError(
+            f"model.name: {path.absolute()} does not exist; nearest there: {near}"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {path} is not readable as JSON: {error}") from None
     if not isinstance(tree, dict):
