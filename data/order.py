@@ -54,16 +54,16 @@ def permute(
 
     Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 5.
     """
-    sizes = np.broadcast_to(sizes.astype(np.uint64), values.shape)
+    limits = np.broadcast_to(sizes.astype(np.uint64), values.shape)
     keys = np.broadcast_to(keys, values.shape)
-    num_rows = np.ceil(np.sqrt(sizes)).astype(np.uint64)
-    num_columns: Words = (sizes + num_rows - np.uint64(1)) // num_rows
+    num_rows = np.ceil(np.sqrt(limits)).astype(np.uint64)
+    num_columns = (limits + num_rows - np.uint64(1)) // num_rows
     result = _feistel(values.astype(np.uint64), num_rows, num_columns, keys)
-    outside = np.flatnonzero(result >= sizes)
+    outside = np.flatnonzero(result >= limits)
     while len(outside):
         walked = _feistel(result[outside], num_rows[outside], num_columns[outside], keys[outside])
         result[outside] = walked
-        outside = outside[walked >= sizes[outside]]
+        outside = outside[walked >= limits[outside]]
     return result.astype(np.int64)
 
 
@@ -102,8 +102,8 @@ class Order:
             raise DataError("the data set is empty: no shard has a usable sample")
         self.seed = seed
         self.chunk = min(chunk, self.num_samples)
-        self.window = window
-        self.lanes = lanes if self.num_samples > lanes * window * chunk else 1
+        self.resident_samples = min(lanes * window * chunk, self.num_samples)
+        self.lanes = lanes if self.resident_samples < self.num_samples else 1
         self._repairs: dict[tuple[int, ...], tuple[Int64s, Int64s]] = {}
 
     def ids(
@@ -151,9 +151,8 @@ class Order:
         base, longer = divmod(self.num_samples, self.lanes)
         starts = lanes * base + np.minimum(lanes, longer)
         lengths = base + (lanes < longer)
-        num_windows = np.maximum(1, np.rint(lengths / (self.window * self.chunk)).astype(np.int64))
-        if self.lanes == 1:
-            num_windows = np.ones_like(num_windows)
+        window_samples = self.resident_samples // self.lanes
+        num_windows = np.maximum(1, np.rint(lengths / window_samples).astype(np.int64))
         windows = ((steps + 1) * num_windows - 1) // lengths
         cuts = windows * lengths // num_windows
         sizes = (windows + 1) * lengths // num_windows - cuts
@@ -275,12 +274,11 @@ def report(order: Order, batch_size: int, *, num_batches: int = 32) -> Mixing:
         len(np.unique(np.searchsorted(ends, order.batch(int(step), batch_size)[1], side="right")))
         for step in steps
     ]
-    whole = order.lanes == 1
     return Mixing(
         num_samples=order.num_samples,
         num_shards=int((order.counts > 0).sum()),
         batch_size=batch_size,
-        resident_samples=order.num_samples if whole else order.lanes * order.window * order.chunk,
+        resident_samples=order.resident_samples,
         first=distinct[0],
         mean=float(np.mean(distinct)),
         worst=min(distinct),
