@@ -29,8 +29,9 @@ class _WithGradients(Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True: silently wrong if it went on
+            raise RuntimeError("this loss has first derivatives only: leave out create_graph=True")
         gradients = [
             g * upstream.to(g.dtype) if g is not None and needed else None
             for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=False)
