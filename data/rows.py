@@ -157,7 +157,7 @@ class RowBuilder:
             starts=np.cumsum([0, *(len(endings) for _, _, endings in spans)], dtype=np.int64),
             member=member,
         )
-        return rows, [*self._notes, *self._facts.notes]
+        return rows, sorted([*self._notes, *self._facts.notes], key=lambda note: note.offset)
 
     def _ignore(self, member: Member) -> None:
         if not member.name.startswith("__"):

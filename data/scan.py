@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing
+from io import BufferedIOBase
+from typing import cast
 
 from data.remote import Store, open_store
 from data.rows import Keys, RowBuilder
@@ -73,7 +75,7 @@ def _walk(window: Window, builder: RowBuilder) -> None:
 
 def _walk_stream(store: Store, builder: RowBuilder, keys: Keys) -> RowBuilder:
     with store.stream() as stream:
-        reads = ForwardReads(stream)
+        reads = ForwardReads(cast(BufferedIOBase, stream))
         _walk(Window(reads.read_at, reads.end, _REMOTE_WINDOW_BYTES), builder)
     if not reads.failure:
         return builder

@@ -40,8 +40,9 @@ def local_path(shard: str) -> str | None:
 
 
 def _expand(piece: str) -> Iterator[str]:
-    if local_path(piece) is not None and os.path.isfile(local_path(piece) or ""):
-        yield piece  # a file whose name holds a brace or a bracket
+    path = local_path(piece)
+    if path is not None and os.path.isfile(path):
+        yield path  # also a file whose name holds a brace or a bracket
         return
     try:
         names = list(braceexpand.braceexpand(piece))

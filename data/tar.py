@@ -10,7 +10,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 BLOCK = 512
 MAX_EXTENDED_BYTES = 1 << 20  # PAX records or a GNU long name; real ones have hundreds of bytes
@@ -80,7 +80,7 @@ class Window:
 class ForwardReads:
     """`read_at` over a stream that cannot seek: offsets may only grow from the last one read."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream, self._start, self._bytes = stream, 0, b""
         self._end = -1
         self.failure = ""
@@ -106,7 +106,7 @@ class ForwardReads:
 
     def _read(self, size: int) -> bytes:
         try:
-            piece = self._stream.read(size)
+            piece = self._stream.read1(size)  # read() would lose what came before a failure
         except (OSError, EOFError, zlib.error) as error:
             piece, self.failure = b"", str(error) or type(error).__name__
             self.garbled = isinstance(error, zlib.error | gzip.BadGzipFile)
@@ -172,7 +172,9 @@ class _Walk:
             have = max(0, end - last.offset)
             detail = f"cut inside {last.name}: {have} of its {last.size} bytes"
             yield Fault("truncated", last.offset, detail, last.name)
-        elif self.zeros < 2 and (self._found or not self._lost):
+        elif self._lost and not self._found:
+            return  # no tar at all, and said so
+        elif self.zeros < 2:
             yield Fault("truncated", self.offset, "ends without the two zero blocks of a whole tar")
         elif rest.strip(b"\0"):
             yield Fault("data_after_end", self.offset, "bytes follow the end blocks")
