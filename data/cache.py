@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +27,8 @@ _BLOCK_BYTES = 16 * 1024
 _TOUCH_AFTER_S = 60.0
 _EVICT_TO = 0.9
 _NUM_LOCKS = 256
+_PARTIAL = ".partial"
+_ABANDONED_AFTER_S = 3600.0
 
 
 class NodeCache:
@@ -59,23 +60,29 @@ class NodeCache:
             self._store(path, piece)
         return piece[start : start + size]
 
-    def spool(self, key: str, fill: Callable[[int], None]) -> Path:
-        """The file that `fill(file descriptor)` writes, made once for the node."""
+    def spool(self, key: str, fill: Callable[[int], None]) -> tuple[int, str]:
+        """Descriptor and path of the file that `fill(descriptor)` writes, once for the node."""
         path = self._path("spools", key)
         with self._locked(f"spool-{path.name}"):
-            if not path.exists():
-                partial = path.with_suffix(".partial")  # ours alone: we hold its lock
-                fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-                try:
-                    fill(fd)
-                    size = os.fstat(fd).st_size
-                finally:
-                    os.close(fd)
-                os.replace(partial, path)
-                self._account(size, keep=path)
-            else:
+            if path.exists():
                 os.utime(path)
-        return path
+            else:
+                self._fill(path, fill)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path)
+
+    def _fill(self, path: Path, fill: Callable[[int], None]) -> None:
+        partial = path.with_suffix(_PARTIAL)  # ours alone: we hold its lock
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            fill(fd)
+            size = os.fstat(fd).st_size
+        except BaseException:
+            partial.unlink()
+            raise
+        finally:
+            os.close(fd)
+        os.replace(partial, path)
+        self._account(size, keep=path)
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / blake2b(key.encode(), digest_size=20).hexdigest()
@@ -102,14 +109,14 @@ class NodeCache:
         ]
         table = np.array(crcs, "<u4").tobytes()
         head = _HEAD.pack(_MAGIC, len(piece), zlib.crc32(table))
+        partial = path.with_suffix(_PARTIAL)
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(head + table + piece)
-            os.replace(file.name, path)
+            partial.write_bytes(head + table + piece)
+            os.replace(partial, path)
             self._account(len(head) + len(table) + len(piece), keep=path)
         except OSError as error:  # a full disk costs the cache, not the run
             LOG.warning("%s: not cached: %s", self.folder, error)
-            Path(file.name).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def _account(self, added_bytes: int, keep: Path) -> None:
         with self._locked("account"):
@@ -180,4 +187,7 @@ def _iter_files(*folders: Path) -> Iterator[tuple[int, int, str]]:
                     status = entry.stat()
                 except FileNotFoundError:  # another process has evicted it
                     continue
+                age_s = time.time() - status.st_mtime
+                if entry.name.endswith(_PARTIAL) and age_s < _ABANDONED_AFTER_S:
+                    continue  # being written
                 yield status.st_mtime_ns, status.st_size, entry.path

@@ -48,14 +48,14 @@ class Store(Protocol):
 
 
 class FileStore:
-    """A file on this machine or on a mounted file system."""
+    """A file on this machine or on a mounted file system; `fd` is one that is open already."""
 
     seekable = True
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, fd: int = -1) -> None:
+        self._fd = fd
         self.url = url
         self.path = _local_path(url)
-        self._fd = -1
 
     def version(self) -> tuple[int, str]:
         """Size and modification time in nanoseconds."""
@@ -247,14 +247,18 @@ class _PipeStream(io.RawIOBase):
 
         self._url = url
         self._pipe = gopen(url, "rb")
+        self._has_ended = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if self._has_ended:
+            return 0
         try:
             piece = self._pipe.read(len(buffer))
             if not piece:
+                self._has_ended = True
                 self._pipe.close()  # waits for the exit status, which read() may be too early for
         except OSError:
             status = self._pipe.proc.wait()
@@ -263,8 +267,9 @@ class _PipeStream(io.RawIOBase):
         return len(piece)
 
     def close(self) -> None:
-        if not self.closed:
-            self._pipe.ignore_errors = True  # a reader that stops early kills the command
+        if not self.closed and not self._has_ended:  # a reader that stops early ends the command
+            self._pipe.ignore_errors = True
+            self._pipe.proc.terminate()
             self._pipe.close()
         super().close()
 

@@ -134,6 +134,7 @@ class HttpStore:
         self.url = url
         self.retry = retry or Retry()
         self._connections = connections or Connections()
+        self._is_owner = connections is None
         self._location = url  # where redirects led; asked directly while that works
         self._version: tuple[int, str] | None = None
         self._seekable = False
@@ -161,8 +162,9 @@ class HttpStore:
         return cast(BinaryIO, io.BufferedReader(_Body(self), _STREAM_BYTES))
 
     def close(self) -> None:
-        """Close the idle connections."""
-        self._connections.close()
+        """Close the idle connections, unless they are shared."""
+        if self._is_owner:
+            self._connections.close()
 
     def open_from(self, position: int) -> Response:
         """The body from `position` on, to be read to its end."""
