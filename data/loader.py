@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -143,12 +144,9 @@ class _Pool:
 
     def run(self, work: Iterable[Int64s]) -> Iterator[Any]:
         """The loaded item of each piece of work."""
-        if self._loader is None:
-            self._ending.fill_(False)
-            self._loader = self._new_loader()
         self._work.pieces = iter(work)
         try:
-            for loaded in self._loader:
+            for loaded in self._start():
                 if isinstance(loaded, DataError):
                     raise loaded
                 yield loaded
@@ -161,8 +159,17 @@ class _Pool:
             ) from error
 
     def close(self) -> None:
+        """End the workers."""
         _set(self._ending)
         self._loader = None
+
+    def _start(self) -> Iterator[Any]:
+        with warnings.catch_warnings():  # more workers than cores is the user's choice
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            if self._loader is None:
+                self._ending.fill_(False)
+                self._loader = self._new_loader()
+            return iter(self._loader)
 
 
 class _Work:
