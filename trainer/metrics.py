@@ -220,10 +220,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def build_tracker(name: str, run_dir: Path, config: Config, start_step: int) -> Tracker:
     """One of accelerate's trackers, started. Raises ConfigError when its package is missing.
 
-    Only the first rank builds one, so accelerate needs no process state of its own to ask.
+    Only the first rank has trackers, so to accelerate it is the only process: no environment that
+    it would read, no thread count that it would change, no rank that would wait for another.
     """
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from accelerate.utils import clear_environment
 
+    with clear_environment():
+        PartialState(cpu=True)
     try:
         if name == "tensorboard":
             tracker = TensorBoardTracker("tensorboard", run_dir, purge_step=start_step + 1)
@@ -231,7 +236,6 @@ def build_tracker(name: str, run_dir: Path, config: Config, start_step: int) -> 
             tracker = WandBTracker(
                 "nsphere", name=run_dir.name, id=run_dir.name, dir=run_dir, resume="allow"
             )
-        tracker.main_process_only = False
         tracker.start()
         if name == "wandb":
             tracker.store_init_configuration(config.model_dump(mode="json"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trainer.metrics import read_metrics
 
 MAX_POINTS = 1000  # of a line: more cannot be seen
-SMOOTHING_SHARE = 0.02  # time constant of the smoothed line, as a share of the run
+SMOOTHING_SHARE = 0.01  # time constant of the smoothed line, as a share of the run
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#4a5568", "#2c7a7b")
 DASHES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {

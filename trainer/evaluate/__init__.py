@@ -1,4 +1,4 @@
-"""What a model is worth: `evaluate(model, batches, tokenizer, config.eval, ranks)` -> plain numbers.
+"""What a model is worth: `evaluate(model, batches, tokenizer, config.eval, ranks)` -> numbers.
 
 `tasks.py` has the tasks; `towers.py` turns an evaluation set into embeddings; `nearest.py` finds
 the k most similar rows over all ranks; `retrieval.py` and `zero_shot.py` count hits; `classes.py`

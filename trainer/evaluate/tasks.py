@@ -28,8 +28,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Plain numbers of `config.tasks` over all samples of all ranks; the same dict on every rank.
 
-    Collective: every rank calls it, and gets what one process would that saw every sample. The model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do
-    not fit, ValueError when there is nothing to evaluate.
+    Collective: every rank calls it, and gets what one process would that saw every sample. The
+    model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do not
+    fit, ValueError when there is nothing to evaluate.
     """
     towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast)
     was_training = model.training
