@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "numpy", "trainer.train"])
 
 SHARED_DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 

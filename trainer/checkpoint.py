@@ -268,11 +268,16 @@ class _HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
         self._size += memoryview(data).nbytes
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -292,10 +297,19 @@ def _write_file(path: Path, item: Any) -> tuple[int, str]:
         elif path.suffix == ".safetensors":
             hashing.write(safetensors.torch.save(item))
         else:
-            torch.save(item, hashing)
+            _torch_save(item, hashing)
         file.flush()
         os.fsync(file.fileno())
     return hashing.record()
+
+
+def _torch_save(item: Any, hashing: _HashingFile) -> None:
+    try:
+        torch.save(item, hashing)
+    except RuntimeError:  # torch says "unexpected pos" for whatever the disk had said
+        if hashing.error is not None:
+            raise hashing.error from None
+        raise
 
 
 def _write_record(saving: Path, rank: int, record: Mapping[str, Any]) -> None:

@@ -16,14 +16,16 @@ import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns on every rank
 
 import deepspeed
 import deepspeed.ops
@@ -38,7 +40,7 @@ TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
 LOSS_SCALE_START = 2.0**16  # fp16: torch.amp.GradScaler's published defaults
 LOSS_SCALE_GROWTH_STEPS = 2000
 
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # An inference kernel that init_distributed would compile first: 20 s to 1 min, never used here.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -49,6 +51,7 @@ class StepResult:
 
     applied: bool  # False: a gradient was not finite, on some rank, and nothing was changed
     grad_norm: float  # global 2-norm before clipping; inf when not applied
+    rescaled: bool = False  # not applied, but only because fp16's loss scale was too high
 
 
 def deepspeed_config(config: Config, world_size: int, *, universal: bool = False) -> dict[str, Any]:
@@ -128,9 +131,11 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         result = self._step_replicated() if self._zero.stage == 0 else self._step_sharded()
-        if self._dynamic_scale:
-            self._update_loss_scale(result.applied)
-        return result
+        if not self._dynamic_scale:
+            return result
+        rescaled = not result.applied and self._loss_scale > 1.0
+        self._update_loss_scale(applied=result.applied)
+        return replace(result, rescaled=rescaled)
 
     def _step_replicated(self) -> StepResult:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -153,7 +158,7 @@ class Engine:
         grad_norm = float(self._deepspeed.get_global_grad_norm()) if applied else math.inf
         return StepResult(applied=applied, grad_norm=grad_norm)
 
-    def _update_loss_scale(self, applied: bool) -> None:  # noqa: FBT001
+    def _update_loss_scale(self, *, applied: bool) -> None:
         self._good_steps = self._good_steps + 1 if applied else 0
         if not applied:
             self._set_loss_scale(max(1.0, self._loss_scale / 2))

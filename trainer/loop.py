@@ -147,19 +147,21 @@ class Loop:
 
     def _advance(self, state: TrainState, output: StepOutput, agreed: _Agreed) -> TrainState:
         batch = self.config.train.global_batch_size
-        applied = output.result.applied
+        applied, rescaled = output.result.applied, output.result.rescaled
         state = replace(
             state,
             step=state.step + 1,
             samples_seen=state.samples_seen + batch,
             bad_samples=state.bad_samples + agreed.num_bad,
             skipped_steps=state.skipped_steps + (not applied),
-            skipped_in_row=0 if applied else state.skipped_in_row + 1,
+            skipped_in_row=0 if applied or rescaled else state.skipped_in_row + 1,
         )
         if applied:
             self.engine.clamp(self.model.log_scale, *self.model.log_scale_limits)
             if self.average is not None:
                 self.average.update(state.step)
+        elif rescaled:
+            logger.info("step %d skipped to lower fp16's loss scale", state.step)
         else:
             logger.warning(
                 "step %d skipped: loss %s, a gradient was not finite", state.step, agreed.loss

@@ -17,6 +17,7 @@ from data.dataset import SampleSet
 from data.loader import TrainLoader
 from trainer.checkpoint import CheckpointFolder, TrainState, load_averages, load_state, portable
 from trainer.config import Config, ConfigError
+from trainer.dropout import make_dropout_keyed
 from trainer.ema import WeightAverage
 from trainer.engine import Engine
 from trainer.loop import Loop, Plan
@@ -114,6 +115,7 @@ def _restore(
         device=ranks.device,
         load_weights=found is None,
     )
+    make_dropout_keyed(model)
     optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, ranks.device)
     converted = state.zero_stage > 0 and state.world_size != ranks.world_size
     engine = Engine(model, optimizer, config, ranks, universal=converted)
