@@ -6,20 +6,26 @@ never changed, so a JSON file cannot shadow a built-in name.
 
 import difflib
 import json
+import socket
+import urllib.request
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import open_clip
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 
 from data.text import TokenizerSpec
 from trainer.config import ConfigError
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
+WEIGHTS_NAMES = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
 OFFLINE = (
     "it is not on this machine and could not be downloaded; where there is a network, run"
     " `hf download {repo}`, then either give the local path or bring the Hugging Face cache along"
@@ -99,7 +105,7 @@ def find_weights(architecture: Architecture) -> Path:
     """
     weights, name = architecture.weights, architecture.name
     if weights.startswith(HUB):
-        return _download(weights, lambda: download_pretrained_from_hf(weights[len(HUB) :]))
+        return _from_hub(weights.removeprefix(HUB), WEIGHTS_NAMES)
     path = Path(weights.removeprefix(LOCAL))
     if path.is_dir():
         return _weights_in(path)
@@ -112,14 +118,13 @@ def find_weights(architecture: Architecture) -> Path:
         raise ConfigError(
             f"model.pretrained = {weights!r} is neither a file nor a tag of {name}; nearest: {near}"
         )
-    return _download(weights, lambda: open_clip.download_pretrained(tag), tag.get("hf_hub", ""))
+    repo, _, filename = tag["hf_hub"].rpartition("/")  # open_clip's form: "org/model/[file]"
+    return _from_hub(repo, (filename,) if filename else WEIGHTS_NAMES)
 
 
 def _read_config(name: str) -> dict[str, Any]:
     if name.startswith(HUB):
-        repo = name[len(HUB) :]
-        path = _download(name, lambda: download_pretrained_from_hf(repo, filename=HF_CONFIG_NAME))
-        return _read_json(path)
+        return _read_json(_from_hub(name.removeprefix(HUB), (HF_CONFIG_NAME,)))
     path = Path(name.removeprefix(LOCAL))
     if name.startswith(LOCAL) or path.is_dir():
         return _read_json(path / HF_CONFIG_NAME)
@@ -156,19 +161,36 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+    for name in WEIGHTS_NAMES:
         if (folder / name).is_file():
             return folder / name
     raise ConfigError(f"model.pretrained: {folder} holds no {HF_SAFE_WEIGHTS_NAME}")
 
 
-def _download(name: str, fetch: Any, repo: str = "") -> Path:
+def _from_hub(repo: str, names: tuple[str, ...]) -> Path:
+    """The first of these files that the repository has, from the cache or the network."""
+    reachable, reason = _hub_is_reachable(), ""
+    for name in names:
+        try:
+            return Path(hf_hub_download(repo, name, local_files_only=not reachable))
+        except EntryNotFoundError as error:
+            reason = str(error)
+        except (OSError, ValueError) as error:
+            reason = str(error)
+            break
+    reason = " ".join(reason.split())[:200] if reachable else "no network"
+    raise ConfigError(f"model {HUB}{repo}: {OFFLINE.format(repo=repo)} ({reason})")
+
+
+def _hub_is_reachable() -> bool:
+    """Without a name server the hub's client would retry for most of a minute."""
+    if urllib.request.getproxies():
+        return True
     try:
-        return Path(fetch())
-    except (OSError, RuntimeError, ValueError) as error:  # every hub, HTTP and cache error is one
-        repo = repo.strip("/") or name.removeprefix(HUB)
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(f"{name}: {OFFLINE.format(repo=repo)} ({reason})") from None
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _tag_cfg(name: str, tag: str) -> dict[str, Any]:
