@@ -75,8 +75,9 @@ class Gathered:
 class Ring:
     """Rows go round the ranks; in a sweep with gradients, their sums travel with them.
 
-    The next rows are under way while the present ones are worked on. Sums travel in the dtype of
-    computation: rounding them at every hop would grow with the number of ranks.
+    A rank starts with its neighbour's rows and ends with its own, so that sums are home when the
+    last rank has added to them. The next rows are under way while the present ones are worked on.
+    Sums travel in the dtype of computation: rounded at every hop, they would decay with the ranks.
     """
 
     def __init__(
@@ -88,14 +89,15 @@ class Ring:
     ) -> None:
         self._own, self._counts, self._group, self._dtype = rows.detach(), counts, group, dtype
         self._rank, self._world_size = own_rank(group), count_ranks(group)
-        self._starts = [sum(counts[:r]) for r in range(self._world_size)]
+        self._starts = [sum(counts[:rank]) for rank in range(self._world_size)]
         self._home: Tensor | None = None
 
     def visits(self) -> Iterator[Visit]:
         yield from self._sweep(None)
 
     def visits_with_gradients(self) -> Iterator[Visit]:
-        yield from self._sweep(torch.zeros_like(self._own, dtype=self._dtype))
+        shape = self._counts[self._rank - 1], self._own.shape[1]
+        yield from self._sweep(self._own.new_zeros(shape, dtype=self._dtype))
 
     def gradients(self) -> Tensor:
         if self._home is None:
@@ -103,20 +105,19 @@ class Ring:
         return self._home
 
     def _sweep(self, sums: Tensor | None) -> Iterator[Visit]:
-        rows = self._own
-        for hop in range(self._world_size):
+        rows = RingShift(self._own, self._counts[self._rank - 1], self._group).wait()
+        for hop in range(1, self._world_size + 1):
             owner = (self._rank - hop) % self._world_size
             arriving = self._counts[owner - 1]
             coming = None
             if hop + 1 < self._world_size:
-                coming = RingShift(rows, arriving, self._group, tag=0)
+                coming = RingShift(rows, arriving, self._group)
             start = self._starts[owner]
             columns = slice(start, start + self._counts[owner])
             yield Visit(columns, rows.to(self._dtype), sums)
-            if sums is not None:
+            if sums is not None and hop < self._world_size:
                 sums = RingShift(sums, arriving, self._group, tag=1).wait()
-            if coming is not None:
-                rows = coming.wait()
+            rows = coming.wait() if coming is not None else self._own
         self._home = sums
 
 
