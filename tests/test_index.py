@@ -10,10 +10,12 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from range_server import Faults, serve
 from test_tar import FORMATS, make_tar
 
 from data import scan
@@ -411,3 +413,26 @@ def test_processes_scan_like_threads(write, monkeypatch):
     monkeypatch.setattr(scan, "_PROCESSES_FROM_BYTES", 0)
     processes = build_index(shards, fresh=True, workers=2)
     assert processes.fingerprint == threads.fingerprint
+
+
+def test_shards_on_a_server(write):
+    plain, packed = make_tar(samples(40)), gzip.compress(make_tar(samples(3)))
+    local = load_index([write(plain), write(packed, "b.tar.gz")])
+    faults = Faults(num_503=2, cut_after=9000, num_cuts=2)
+    with serve({"x/a.tar": plain, "x/b.tar.gz": packed}, faults) as server:
+        index = load_index([server.url("x/a.tar"), server.url("x/b.tar.gz")])
+        assert index.fingerprint == local.fingerprint and index.problems == ()
+        assert [e.parts for e in all_entries(index)] == [e.parts for e in all_entries(local)]
+        num_requests = len(server.requests)
+        assert num_requests < 20  # not one a member
+        load_index([server.url("x/a.tar"), server.url("x/b.tar.gz")])
+        assert len(server.requests) <= num_requests + 2  # versions only
+        with pytest.raises(DataError, match=r"x/gone.tar.*404"):
+            load_index(server.url("x/gone.tar"))
+
+
+def test_shards_in_a_store(write):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/indexed/a.tar", make_tar(samples(3)))
+    index = load_index("memory://indexed/a.tar")
+    assert index.fingerprint == load_index(write(samples(3))).fingerprint
