@@ -71,6 +71,7 @@ class Reader:
         """
         if self._pid != os.getpid():  # a fork shares files and connections, and has no threads
             self._start()
+        self._open_remote({shard for shard, _, _ in spans} - self._stores.keys())
         found: list[bytes | memoryview] = [b""] * len(spans)
         remote = []
         for run in self._iter_runs(spans):
@@ -115,6 +116,13 @@ class Reader:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_REMOTE_THREADS, "nsphere-read")
         return self._threads
+
+    def _open_remote(self, shards: set[str]) -> None:
+        # Each asks its server for a version first; one after the other that would add up.
+        remote = sorted(shard for shard in shards if "://" in shard)
+        if len(remote) > 1:
+            opened = self._pool().map(self._open_checked, remote)
+            self._stores.update(zip(remote, opened, strict=True))
 
     def _iter_runs(self, spans: Sequence[Span]) -> Iterator["_Run"]:
         """Spans that lie close together, to be read at once; in order of shard and offset."""
