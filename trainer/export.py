@@ -110,7 +110,9 @@ def _open_clip_config(model: TwoTower) -> dict[str, Any]:
         cfg["init_logit_bias"] = -10.0  # any number: it tells open_clip that there is a bias
     if "timm_model_name" in cfg["vision_cfg"]:
         cfg["vision_cfg"]["timm_model_pretrained"] = False  # the weights are here, not on the hub
-    return {"model_cfg": cfg, "preprocess_cfg": asdict(model.preprocess)}
+    # data/augment.py resizes bicubically whatever the published model did.
+    preprocess = asdict(model.preprocess) | {"interpolation": "bicubic"}
+    return {"model_cfg": cfg, "preprocess_cfg": preprocess}
 
 
 def _save_tokenizer(model: TwoTower, folder: Path) -> None:

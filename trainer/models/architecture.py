@@ -39,7 +39,6 @@ class Preprocess:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
     resize_mode: str
 
 
@@ -212,7 +211,7 @@ def _published_preprocess(name: str, pretrained: str) -> dict[str, Any]:
 
 def _default_preprocess() -> dict[str, Any]:
     cfg = asdict(open_clip.transform.PreprocessCfg())
-    return {key: cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    return {key: cfg[key] for key in ("mean", "std", "resize_mode")}
 
 
 def _to_preprocess(found: dict[str, Any]) -> Preprocess:
@@ -220,6 +219,4 @@ def _to_preprocess(found: dict[str, Any]) -> Preprocess:
     cfg.update({key: found[key] for key in cfg if found.get(key) is not None})
     red, green, blue = cfg["mean"]
     red_std, green_std, blue_std = cfg["std"]
-    return Preprocess(
-        (red, green, blue), (red_std, green_std, blue_std), cfg["interpolation"], cfg["resize_mode"]
-    )
+    return Preprocess((red, green, blue), (red_std, green_std, blue_std), cfg["resize_mode"])
