@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launch.pack_commands import pack
 from launch.progress import shard_progress
-
-pack = typer.Typer(help="Write shards from images and captions.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:

@@ -95,10 +95,10 @@ def evaluate_rank(source: Path, overrides: list[str]) -> dict[str, float | str] 
 
 
 def _find(source: Path, overrides: list[str]) -> tuple[Path, Config]:
-    from trainer.checkpoint import find_checkpoint
+    from trainer.checkpoint import find_checkpoint, load_checkpoint_config
 
     checkpoint = find_checkpoint(source)
-    config = load_config(checkpoint / "config.toml", overrides)
+    config = load_checkpoint_config(checkpoint, overrides)
     if not config.data.val_shards:
         raise ConfigError("no evaluation data: give --data SHARDS")
     return checkpoint, config

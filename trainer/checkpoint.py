@@ -6,7 +6,8 @@ writes `manifest.json` (sizes and SHA-256 of all files) and renames the folder: 
 which the checkpoint begins to exist. A crash before it leaves the last checkpoint untouched; a
 folder whose files do not match its manifest is passed over by name.
 
-What is inside: `deepspeed/` (engine.py), `state.json`, `config.toml`, `ema.safetensors`.
+What is inside: `deepspeed/` (engine.py), `state.json`, `config.toml`, and where the run has them
+`model.json` and `ema.safetensors`.
 """
 
 import hashlib
@@ -258,9 +259,15 @@ def find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def load_checkpoint_config(path: Path) -> Config:
-    """The configuration of the run that wrote a checkpoint."""
-    return load_config(path / "config.toml")
+def load_checkpoint_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration of the run that wrote a checkpoint, with `section.key=value` overrides.
+
+    A model file named in it is the copy inside the checkpoint, so that a checkpoint stands alone.
+    """
+    overrides = list(overrides or [])
+    if (path / "model.json").is_file():
+        overrides.append(f"--model.name={path / 'model.json'}")
+    return load_config(path / "config.toml", overrides)
 
 
 class _HashingFile:

@@ -282,6 +282,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     for name, texts in _group_overrides(overrides or []).items():
         _apply_override(tree, name, texts)
+    _find_model_file(tree, path.parent)
     return parse_config(tree, str(path))
 
 
@@ -329,6 +330,16 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word is a string: --model.name=ViT-B-32
+
+
+def _find_model_file(tree: dict[str, Any], folder: Path) -> None:
+    """A model file that is not found from here is looked for from the configuration's folder."""
+    model = tree.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(name, str) and name.endswith(".json") and not Path(name).exists():
+        beside = folder / name
+        if beside.exists():
+            tree["model"] = {**tree["model"], "name": str(beside)}
 
 
 def _describe(item: Any) -> str:

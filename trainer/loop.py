@@ -4,6 +4,7 @@ Everything that depends on time is a function of the step; the one exception is 
 so many minutes, which rank 0 decides for all.
 """
 
+import json
 import logging
 import math
 import time
@@ -241,10 +242,13 @@ class Loop:
 
     def _save(self, state: TrainState) -> None:
         files: dict[str, Any] = self.engine.files()
-        if self.average is not None:
-            averages = self.average.whole(self.engine)
-            if self.ranks.is_first:
+        averages = self.average.whole(self.engine) if self.average is not None else None
+        if self.ranks.is_first:
+            if averages is not None:
                 files["ema.safetensors"] = averages
+            model = self.config.model.name
+            if model.endswith(".json"):
+                files["model.json"] = json.loads(Path(model).read_text())
         state = replace(state, engine=self.engine.state())
         self.checkpoints.save(state, dump_config(self.config), files)
         self._last_save = time.monotonic()
