@@ -6,7 +6,6 @@ a histogram of cosines (has "cosines"); all have "step" and "samples_seen". Plot
 """
 
 import json
-import logging
 import math
 import os
 import resource
@@ -27,8 +26,6 @@ from trainer.ranks import Ranks
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 2.0  # without a terminal, progress is one line at most this often
-
-logger = logging.getLogger("nsphere.metrics")
 
 
 class Tracker(Protocol):

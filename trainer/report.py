@@ -93,13 +93,18 @@ def _show(value: Any) -> str:
     return f"{shown:,.0f}" if shown == round(shown) or abs(shown) >= 1000 else f"{shown:.4g}"
 
 
+def _score(value: Any) -> str:
+    """Shares with equal decimals, so that a column can be read down; counts as they are."""
+    return f"{value:.4f}" if isinstance(value, float) else _show(value)
+
+
 def _evaluation_table(log: RunLog) -> str:
     if not log.evaluations:
         return "<p>None yet.</p>"
     head = "".join(f"<th>step {line['step']:,}</th>" for line in log.evaluations)
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{_show(line['evaluation'].get(name))}</td>" for line in log.evaluations)
+        + "".join(f"<td>{_score(line['evaluation'].get(name))}</td>" for line in log.evaluations)
         + "</tr>"
         for name in log.evaluation_names()
     )
