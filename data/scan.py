@@ -1,15 +1,18 @@
 """Shards -> tables: what is already indexed is found again, the rest is read once, in parallel."""
 
-import multiprocessing
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from io import BufferedIOBase
 from typing import cast
 
+from data.errors import DataError
 from data.remote import Store, open_store
 from data.rows import Keys, RowBuilder
+from data.scan_pool import ScanPool
 from data.shards import local_path
 from data.table import ShardTable, Source, find_table, save_table
 from data.tar import Fault, ForwardReads, Window, iter_members
@@ -20,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 _LOCAL_WINDOW_BYTES = 4096  # the small members that follow an image, in one read
 _REMOTE_WINDOW_BYTES = 4 << 20  # requests cost more than bytes
-_PROCESSES_FROM_BYTES = 1 << 30  # below, starting processes costs more than it saves
+_PROCESSES_FROM_BYTES = 8 << 30  # below, starting processes costs more than it saves
 
 
 def index_shards(
@@ -28,8 +31,8 @@ def index_shards(
 ) -> list[ShardTable]:
     """The table of every shard, in order. `fresh` scans also what is already indexed.
 
-    `workers` 0 takes every core this process may use. Large local sets are scanned by processes,
-    so a script that calls this needs the usual `if __name__ == "__main__"`.
+    `workers` 0 takes every core this process may use; large local sets are scanned by processes.
+    Raises DataError for a shard that cannot be read.
     """
     workers = workers or len(os.sched_getaffinity(0))
     tables: dict[str, ShardTable] = {}
@@ -98,22 +101,41 @@ def _source(store: Store) -> Source:
 
 
 def _scan_all(pending: Sequence[Source], keys: Keys, workers: int) -> Iterator[ShardTable]:
-    if workers == 1 or len(pending) < 2:
-        yield from (scan_shard(source.url, keys) for source in pending)
-        return
-    with _executor(pending, workers) as executor:
-        scans = [executor.submit(scan_shard, source.url, keys) for source in pending]
-        try:
-            for scan in as_completed(scans):
-                yield scan.result()
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-
-def _executor(pending: Sequence[Source], workers: int) -> Executor:
-    """Processes for much local parsing, threads for waiting on stores and for gzip."""
+    workers = min(workers, len(pending))
     local = sum(s.size_bytes for s in pending if s.seekable and local_path(s.url) is not None)
-    if local < _PROCESSES_FROM_BYTES or multiprocessing.current_process().daemon:
-        return ThreadPoolExecutor(workers)
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(min(workers, len(pending)), mp_context=context)
+    if workers < 2:
+        yield from (scan_shard(source.url, keys) for source in pending)
+    elif local >= _PROCESSES_FROM_BYTES:
+        with ScanPool(workers) as pool:
+            scans = [pool.threads.submit(_scan_apart, pool, source, keys) for source in pending]
+            yield from (scan.result() for scan in as_completed(scans))
+    else:  # threads wait for stores, and gzip runs beside Python
+        with ThreadPoolExecutor(workers) as threads:
+            scans = [threads.submit(scan_shard, source.url, keys) for source in pending]
+            try:
+                yield from (scan.result() for scan in as_completed(scans))
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+
+def _scan_apart(pool: ScanPool, source: Source, keys: Keys) -> ShardTable:
+    pool.scan(source.url, keys)
+    table = find_table(source, keys)
+    return scan_shard(source.url, keys) if table is None else table  # None: changed meanwhile
+
+
+def _answer_lines() -> None:
+    """What a child of `ScanPool` does: [url, *keys] a line in, "" or an error a line out."""
+    for line in sys.stdin:
+        url, *keys = json.loads(line)
+        try:
+            scan_shard(url, Keys(*keys))
+            reply = ""
+        except DataError as error:
+            reply = str(error)
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _answer_lines()

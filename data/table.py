@@ -61,11 +61,11 @@ class ShardTable:
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Whole columns of the file. Raises DataError if it changed since it was opened."""
-        return self._open().read(list(names))
+        return self._open().read(list(names), use_threads=False)
 
     def block(self, number: int) -> "Block":
         """Rows `number * ROW_GROUP` and on. Raises DataError if the file changed."""
-        return Block.from_table(self._open().read_row_group(number))
+        return Block.from_table(self._open().read_row_group(number, use_threads=False))
 
     def _open(self) -> pq.ParquetFile:
         try:

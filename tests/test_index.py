@@ -22,6 +22,7 @@ from data import scan
 from data.errors import DataError
 from data.index import build_index, load_index
 from data.rows import Keys, RowBuilder
+from data.scan_pool import ScanPool
 from data.tar import BLOCK, Fault, Window, iter_members
 from data.text import caption_hash
 
@@ -411,8 +412,21 @@ def test_processes_scan_like_threads(write, monkeypatch):
     shards = [write(samples(n + 1), f"{n}.tar") for n in range(3)]
     threads = load_index(shards, workers=2)
     monkeypatch.setattr(scan, "_PROCESSES_FROM_BYTES", 0)
+    monkeypatch.setattr(scan, "scan_shard", None)  # nothing is scanned in this process
     processes = build_index(shards, fresh=True, workers=2)
     assert processes.fingerprint == threads.fingerprint
+
+
+def test_a_scanning_process_tells_what_went_wrong(write, tmp_path, monkeypatch, capsys):
+    asked = [[write(samples(1)), *Keys()], [str(tmp_path / "gone.tar"), *Keys()]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, asked))))
+    scan._answer_lines()
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == ["", f"{tmp_path}/gone.tar: No such file or directory"]
+    with ScanPool(1) as pool:
+        pool._all[0].kill()
+        with pytest.raises(DataError, match=r"a.tar: the process that indexed it ended"):
+            pool.scan(asked[0][0], Keys())
 
 
 def test_shards_on_a_server(write):
