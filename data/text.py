@@ -23,16 +23,17 @@ class CaptionReader:
     """Finds the captions of a sample in its caption member.
 
     `caption_key` is a member ending (`txt`; `txt;caption` takes the first found) or `json:NAME`
-    for a field of the JSON member that holds a string or a list of strings.
+    for a field of the JSON member that holds a string or a list of strings. Empty: no captions.
     """
 
     def __init__(self, caption_key: str, *, normalize: bool = False) -> None:
         head, colon, field = caption_key.partition(":")
-        if colon and not (head == "json" and field):
-            raise DataError(f"caption key {caption_key!r}: write an ending (txt) or json:FIELD")
         self.field = field
         self.endings = tuple(filter(None, head.split(";")))
         """Endings of the member that `captions` reads, first found wins."""
+        is_field = self.endings == ("json",) and bool(field)
+        if caption_key and not (is_field if colon else self.endings):
+            raise DataError(f"caption key {caption_key!r}: write an ending (txt) or json:FIELD")
         self.normalize = normalize
 
     def captions(self, member: bytes | memoryview) -> list[str]:
@@ -52,7 +53,7 @@ class CaptionReader:
     def _field(self, member: bytes | memoryview) -> list[str]:
         try:
             fields = json.loads(_text(member))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"the JSON does not parse: {error}") from None
         if not isinstance(fields, dict) or self.field not in fields:
             raise BadSample(f"the JSON has no field {self.field!r}")
