@@ -1,10 +1,12 @@
 """Shards for tests, written by the standard library's tarfile: our own code is not its judge."""
 
+import functools
 import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -14,7 +16,7 @@ from data.config import AugmentConfig, DataConfig
 from data.dataset import SampleSet
 from data.index import load_index
 from data.loader import Batch, TrainLoader
-from data.text import TokenizerSpec
+from data.text import TokenizerSpec, build_tokenizer
 
 Members = Mapping[str, bytes | str | int | dict]
 
@@ -80,16 +82,20 @@ def loader_of(
     keys = {"image_key": settings.image_key, "caption_key": settings.caption_key}
     specs = [spec] if len(weights) == 1 else spec
     samples = SampleSet([load_index(spec, **keys) for spec in specs], seed=3, weights=weights)
-    return TrainLoader(
-        samples,
-        settings,
-        image_transform=ImageTransform(size, AugmentConfig(scale=(0.5, 1.0), flip=0.5)),
-        tokenizer_spec=TokenizerSpec(context_length=12),
-        global_batch_size=batch,
-        seed=3,
-        rank=rank,
-        world_size=world,
-    )
+    with mock.patch("data.batch.build_tokenizer", _TOKENIZER):  # half a second, once
+        return TrainLoader(
+            samples,
+            settings,
+            image_transform=ImageTransform(size, AugmentConfig(scale=(0.5, 1.0), flip=0.5)),
+            tokenizer_spec=TokenizerSpec(context_length=12),
+            global_batch_size=batch,
+            seed=3,
+            rank=rank,
+            world_size=world,
+        )
+
+
+_TOKENIZER = functools.cache(build_tokenizer)
 
 
 def rows_of(batches: Sequence[Batch], world: int = 1) -> list[tuple]:
