@@ -36,7 +36,7 @@ def build_model(
     architecture = load_architecture(config.name, config.pretrained)
     on_meta = torch.device(device).type == "meta"
     with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU one alone
         clip = _construct(architecture, config)
         if config.init == "big_vision" and not on_meta:
             initialise_big_vision(clip)
