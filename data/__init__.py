@@ -1,1 +1,1 @@
-"""Turns tar shards into batches: index -> order -> read -> decode -> loader. Imports nothing of ours."""
+"""Turns tar shards into batches: index, order, read, decode, loader. Imports nothing of ours."""

@@ -1,7 +1,7 @@
 """The console script `nsphere`: parse, call, print. `nsphere COMMAND --help` shows an example.
 
-Heavy modules are imported inside the commands: help and errors of the command line come at once, and
-a rank's signal handlers stand before torch is loaded.
+Heavy modules are imported inside the commands: help and errors of the command line come at once,
+and a rank's signal handlers stand before torch is loaded.
 """
 
 import json

@@ -21,26 +21,30 @@ def register(app: typer.Typer) -> None:
 
 
 def join_overrides(arguments: list[str]) -> list[str]:
-    """`--a.b=c` and `--a.b c` alike as `--a.b=c`; a word without a key belongs to the last key."""
+    """`--a.b=c` and `--a.b c` alike as `--a.b=c`; further words are further values of the key.
+
+    What is neither is handed on as it is: `load_config` says how an override is written.
+    """
     joined: list[str] = []
-    key = ""
+    key, bare = "", False  # the last key, and whether it still waits for a value
     for word in arguments:
         if word.startswith("--"):
-            key = word.partition("=")[0]
-            if "=" in word:
-                joined.append(word)
-                continue
-        elif key:
-            joined.append(f"{key}={word}")
+            joined.append(word)
+            key, bare = word.partition("=")[0], "=" not in word
+        elif bare:
+            joined[-1] = f"{key}={word}"
+            bare = False
         else:
-            joined.append(word)  # no key at all: load_config says how one is written
+            joined.append(f"{key}={word}")
     return joined
 
 
 def index(
     shards: Annotated[list[str], typer.Argument(help="Tar shards, braces and :: lists too.")],
     image_key: Annotated[str, typer.Option(help="Endings of the image.")] = "jpg;jpeg;png;webp",
-    caption_key: Annotated[str, typer.Option(help="Ending of the caption, or json:NAME.")] = "txt",
+    caption_key: Annotated[
+        str | None, typer.Option(help="Ending of the caption, or json:NAME; txt if there is one.")
+    ] = None,
     label_key: Annotated[str, typer.Option(help="Ending of an integer label.")] = "cls",
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
     fresh: Annotated[bool, typer.Option(help="Scan shards anew that are indexed.")] = False,
@@ -53,8 +57,8 @@ def index(
     from data.rows import Keys
     from data.shards import expand_shards
 
-    keys = Keys(image_key, caption_key, label_key)
-    required = [key for key in (keys.image, keys.caption_ending) if key]
+    keys = Keys(image_key, "txt" if caption_key is None else caption_key, label_key)
+    required = [key for key in (keys.image, caption_key and keys.caption_ending) if key]
     with shard_progress("indexing shards") as progress:
         found = build_index(
             expand_shards(shards),

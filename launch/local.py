@@ -1,5 +1,6 @@
 """N ranks on this machine, through torch.distributed's elastic agent, in this process."""
 
+import logging
 import os
 import sys
 import uuid
@@ -26,6 +27,8 @@ def run_local(num_ranks: int, arguments: list[str], stopped_marker: Path | None 
     # With the agent's shared store a restarted gloo group meets its dead peers' addresses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    # What it says of signals and exits is ours to say, in a line each.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -1,4 +1,4 @@
-"""Turns batches into a trained model. Read `train.py` first: everything is one call away from it."""
+"""Turns batches into a trained model. Read `train.py` first: all else is one call away from it."""
 
 from pathlib import Path
 

@@ -222,8 +222,8 @@ class EvalConfig(Section):
     templates: tuple[str, ...] = ("{}",)
     """Zero-shot prompts, `{}` standing for the class name; `openai` is open_clip's list of 80."""
     classes: str = ""
-    """Zero-shot class names: a text file (a line each) or a TSV with columns cls and name;
-    empty: the distinct captions of each label in the evaluated shards."""
+    """Zero-shot class names: a text file (a line each), a TSV with columns cls and name or label,
+    or `imagenet`; empty: the distinct captions of each label in the evaluated shards."""
 
 
 class Config(Section):

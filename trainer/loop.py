@@ -33,6 +33,8 @@ from trainer.validate import Validation
 
 BAD_SAMPLES_GRACE = 20  # bad samples that never stop a run, whatever their share of a short start
 
+COSINES_EVERY_LINES = 20  # a histogram of cosines for so many logged steps
+
 logger = logging.getLogger("nsphere.train")
 
 
@@ -213,7 +215,12 @@ class Loop:
             "skipped_steps": state.skipped_steps,
             **seconds,
         }
+        if output.embeddings.bias is not None:
+            values["bias"] = float(output.embeddings.bias)
         self.writer.write_step(state.step, state.samples_seen, values)
+        num_lines = state.step // self.plan.log_every
+        if num_lines % COSINES_EVERY_LINES == 1 or state.step == self.plan.total_steps:
+            self._record_cosines(state, batch, output)
 
     def _record_samples(self, state: TrainState, batch: Batch) -> None:
         rows: list[Any] = [None] * self.ranks.world_size

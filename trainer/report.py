@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from trainer.config import ConfigError
 from trainer.metrics import METRICS_FILE
 from trainer.plots import STYLE, RunLog, build_figures, number
 
@@ -22,10 +23,10 @@ REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN/report.html and return its path; ValueError if the folder has no metrics."""
+    """Write RUN/report.html and return its path; ConfigError if the folder has no metrics."""
     path = run_dir / METRICS_FILE
     if not path.is_file():
-        raise ValueError(
+        raise ConfigError(
             f"{run_dir}: has no {METRICS_FILE}, so it is no run folder, or one not begun"
         )
     log = RunLog.read(path)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from data.errors import DataError
 from data.loader import EvalBatch
 from trainer.collectives import sum_over_ranks
 from trainer.config import ConfigError, EvalConfig
@@ -30,7 +31,7 @@ def evaluate(
 
     Collective: every rank calls it, and gets what one process would that saw every sample. The
     model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do not
-    fit, ValueError when there is nothing to evaluate.
+    fit, DataError when there is nothing to evaluate.
     """
     towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast)
     was_training = model.training
@@ -40,7 +41,7 @@ def evaluate(
         counts = torch.tensor([len(embedded.ids), embedded.num_bad], device=ranks.device)
         num_images, num_bad = sum_over_ranks(counts, ranks.group).tolist()
         if num_images == 0:
-            raise ValueError("there is no sample to evaluate")
+            raise DataError("there is no sample to evaluate")
         results: dict[str, float] = {"num_images": num_images, "num_bad": num_bad}
         for task in config.tasks:
             results |= TASKS[task](towers, embedded, tokenizer, config, ranks.group)

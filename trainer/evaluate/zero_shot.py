@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data.errors import DataError
 from trainer.collectives import gather_counts, gather_rows, sum_over_ranks
 from trainer.evaluate.nearest import nearest
 
@@ -22,7 +23,7 @@ def zero_shot(
 
     With every name of a vocabulary as a class, top k is image-to-name R@k.
     `zero_shot_mean_per_class` is the mean of top 1 over the classes that have images. Of equal
-    cosines the lower label comes first. Raises ValueError when no image has a label of a class.
+    cosines the lower label comes first. Raises DataError when no image has a label of a class.
     """
     counts = gather_counts(len(class_labels), group, class_labels.device)
     known = gather_rows(class_labels, counts, group).sort().values
@@ -39,7 +40,7 @@ def zero_shot(
     in_class, *right_in_class = sum_over_ranks(tally, group).double()
     num_labelled = int(in_class.sum())
     if num_labelled == 0:
-        raise ValueError(f"none of the images has a label among the {len(known)} classes")
+        raise DataError(f"none of the images has a label among the {len(known)} classes")
     seen = in_class > 0
     return {
         **{
