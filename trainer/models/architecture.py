@@ -11,7 +11,7 @@ import urllib.request
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import huggingface_hub
@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 
+from data.augment import ResizeMode
 from data.text import TokenizerSpec
 from trainer.config import ConfigError
 
@@ -39,7 +40,7 @@ class Preprocess:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resize_mode: str
+    resize_mode: ResizeMode
 
 
 @dataclass(frozen=True)
@@ -219,4 +220,7 @@ def _to_preprocess(found: dict[str, Any]) -> Preprocess:
     cfg.update({key: found[key] for key in cfg if found.get(key) is not None})
     red, green, blue = cfg["mean"]
     red_std, green_std, blue_std = cfg["std"]
+    if cfg["resize_mode"] not in get_args(ResizeMode):
+        known = ", ".join(get_args(ResizeMode))
+        raise ConfigError(f"preprocess_cfg: resize_mode {cfg['resize_mode']!r} is none of {known}")
     return Preprocess((red, green, blue), (red_std, green_std, blue_std), cfg["resize_mode"])

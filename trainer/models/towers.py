@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.augment import ResizeMode
 from data.text import TokenizerSpec
 from trainer.models.architecture import Architecture, Preprocess
 
@@ -88,7 +89,7 @@ class TwoTower(nn.Module):
         return self.architecture.tokenizer_spec
 
     @property
-    def resize_mode(self) -> str:
+    def resize_mode(self) -> ResizeMode:
         """How an evaluation image is brought to `image_size`: shortest, longest or squash."""
         return self.preprocess.resize_mode
 
