@@ -72,7 +72,8 @@ def explain_empty(tables: Sequence[ShardTable], required: Sequence[str]) -> str:
     )
     if not endings:
         notes = [f"{table.source.url}: {note.detail}" for table in tables for note in table.notes]
-        return f"the {len(tables)} shards hold no samples{f'; {notes[0]}' if notes else ''}"
+        first = tables[0].source.url + (f" and {len(tables) - 1} more" if len(tables) > 1 else "")
+        return f"{first}: no sample in there{f'; {notes[0]}' if notes else ''}"
     for asked in required:
         if find_ending(endings, asked) < 0:
             return (

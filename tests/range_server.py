@@ -49,7 +49,7 @@ class _Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     served: RangeServer
 
-    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_GET(self) -> None:
         served, faults = self.served, self.served.faults
         wanted = self.headers.get("Range", "")
         served.requests.append((self.path, wanted))

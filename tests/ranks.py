@@ -40,7 +40,7 @@ def _rank_main(
         Path(f"{folder}/result-{rank}").write_bytes(pickle.dumps(result))
         dist.barrier()
         dist.destroy_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told to the parent, then the rank dies
         Path(f"{folder}/error-{rank}").write_text(f"{time.time()}\n{traceback.format_exc()}")
         os._exit(1)
 

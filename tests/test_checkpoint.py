@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it does not exist: faults at every place, and what the next start says."""
+"""A checkpoint is whole or does not exist: faults at every place, what the next start says."""
 
 import json
 import logging

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import safetensors.torch
 import torch
@@ -312,7 +312,7 @@ def _write_file(path: Path, item: Any) -> tuple[int, str]:
 
 def _torch_save(item: Any, hashing: _HashingFile) -> None:
     try:
-        torch.save(item, hashing)
+        torch.save(item, cast(IO[bytes], hashing))
     except RuntimeError:  # torch says "unexpected pos" for whatever the disk had said
         if hashing.error is not None:
             raise hashing.error from None

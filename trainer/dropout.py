@@ -8,8 +8,9 @@ ranks all see the same masks, and no generator's state need be saved or replayed
 from collections.abc import Sequence
 
 import open_clip.transformer
-import timm.layers
 import torch
+from timm.layers.drop import DropPath
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
 _MASK32 = 0xFFFFFFFF
@@ -114,11 +115,11 @@ def make_dropout_keyed(model: nn.Module) -> None:
 def _keyed_version(module: nn.Module, layer: int) -> nn.Module | None:
     if type(module) is nn.Dropout and module.p > 0:
         return KeyedDropout(module.p, layer)
-    if isinstance(module, timm.layers.DropPath) and module.drop_prob:
+    if isinstance(module, DropPath) and module.drop_prob:
         return KeyedDropPath(float(module.drop_prob), layer)
     if isinstance(module, open_clip.transformer.PatchDropout) and module.prob > 0:
         return KeyedPatchDropout(module.prob, layer, int(module.exclude_first_token))
-    if isinstance(module, timm.layers.PatchDropout) and module.prob > 0:
+    if isinstance(module, PatchDropout) and module.prob > 0:
         return KeyedPatchDropout(module.prob, layer, module.num_prefix_tokens)
     return None
 

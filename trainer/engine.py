@@ -252,7 +252,7 @@ class Engine:
                 entry["step"] = entry["step"].clone()
 
 
-class _Capture(CheckpointEngine):  # type: ignore[misc]
+class _Capture(CheckpointEngine):
     """Stands where DeepSpeed's writer of checkpoints stands, and keeps what it is given."""
 
     def __init__(self) -> None:

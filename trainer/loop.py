@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from data.loader import Batch, TrainLoader
+from trainer.buffers import average_buffers
 from trainer.checkpoint import CheckpointFolder, TrainState, list_steps, step_name
 from trainer.config import Config, Duration, dump_config
 from trainer.ema import WeightAverage
@@ -239,6 +240,7 @@ class Loop:
     def _evaluate(self, state: TrainState) -> None:
         if self.validation is None:
             return
+        average_buffers(self.model, self.ranks)
         if self.average is not None:
             self.average.swap()
         results = self.validation(self.engine.forward_model())
@@ -248,6 +250,7 @@ class Loop:
         self.clock.restart()
 
     def _save(self, state: TrainState) -> None:
+        average_buffers(self.model, self.ranks)
         files: dict[str, Any] = self.engine.files()
         averages = self.average.whole(self.engine) if self.average is not None else None
         if self.ranks.is_first:

@@ -1,6 +1,7 @@
 """The `[loss]` section becomes one function of a step's embeddings and batch."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +10,18 @@ from torch.distributed import ProcessGroup
 from data.loader import Batch
 from trainer.config import LossConfig
 from trainer.losses import clip_loss, siglip_loss
-from trainer.models import Embeddings
 
-Objective = Callable[[Embeddings, Batch], Tensor]
+
+class Pairs(NamedTuple):
+    """Both sides of a step's image-text pairs, row i of each belonging together."""
+
+    images: Tensor  # (n, d) unit rows
+    texts: Tensor  # (n, d) unit rows
+    scale: Tensor  # (1,) multiplier of the cosines
+    bias: Tensor | None  # (1,) SigLIP's, else None
+
+
+Objective = Callable[[Pairs, Batch], Tensor]
 
 
 def build_objective(config: LossConfig, group: ProcessGroup | None) -> Objective:
@@ -20,7 +30,7 @@ def build_objective(config: LossConfig, group: ProcessGroup | None) -> Objective
 
 
 def _clip(config: LossConfig, group: ProcessGroup | None) -> Objective:
-    def objective(embeddings: Embeddings, batch: Batch) -> Tensor:
+    def objective(embeddings: Pairs, batch: Batch) -> Tensor:
         ids, caption_ids = _identities(config, batch, embeddings.scale.device)
         return clip_loss(
             embeddings.images,
@@ -37,7 +47,9 @@ def _clip(config: LossConfig, group: ProcessGroup | None) -> Objective:
 
 
 def _siglip(config: LossConfig, group: ProcessGroup | None) -> Objective:
-    def objective(embeddings: Embeddings, batch: Batch) -> Tensor:
+    def objective(embeddings: Pairs, batch: Batch) -> Tensor:
+        if embeddings.bias is None:
+            raise ValueError("siglip_loss needs a bias: build the model with loss_name='siglip'")
         ids, caption_ids = _identities(config, batch, embeddings.scale.device)
         return siglip_loss(
             embeddings.images,

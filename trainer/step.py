@@ -19,8 +19,7 @@ from data.loader import Batch
 from trainer.dropout import row_keys, use_row_keys
 from trainer.engine import Engine, StepResult
 from trainer.metrics import StepClock
-from trainer.models import Embeddings
-from trainer.objective import Objective
+from trainer.objective import Objective, Pairs
 
 
 class StepOutput(NamedTuple):
@@ -28,7 +27,7 @@ class StepOutput(NamedTuple):
 
     loss: Tensor  # () this rank's share, detached
     result: StepResult
-    embeddings: Embeddings  # detached, this rank's rows
+    embeddings: Pairs  # detached, this rank's rows
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,16 @@ class Stepper:
         ]
         return (_Chunk(*piece) for piece in zip(*pieces, strict=True))
 
-    def _embed(self, chunk: "_Chunk", step: int, number: int) -> Embeddings:
+    def _embed(self, chunk: "_Chunk", step: int, number: int) -> Pairs:
         # Draws that are not keyed by sample (a tower of the user's own) repeat in the second pass.
         torch.manual_seed(self.seed * 1_000_003 + step * 1_009 + number)
         use_row_keys(self.engine.model, chunk.keys)
         with self._autocast():
-            embeddings: Embeddings = self.engine.forward_model()(
+            embeddings = self.engine.forward_model()(
                 chunk.images.to(self.device, non_blocking=True),
                 chunk.texts.to(self.device, non_blocking=True),
             )
-        return embeddings
+        return Pairs(*embeddings)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.autocast_dtype is None:
@@ -101,7 +100,7 @@ class _Chunk(NamedTuple):
         return len(self.keys)
 
 
-def _leaves(parts: list[Embeddings]) -> Embeddings:
+def _leaves(parts: list[Pairs]) -> Pairs:
     """The whole batch's embeddings, cut from the towers' graph, ready to receive a gradient."""
 
     def leaf(tensors: list[Tensor]) -> Tensor:
@@ -109,7 +108,7 @@ def _leaves(parts: list[Embeddings]) -> Embeddings:
         return tensor.detach().requires_grad_()
 
     last = parts[-1]
-    return Embeddings(
+    return Pairs(
         images=leaf([part.images for part in parts]),
         texts=leaf([part.texts for part in parts]),
         scale=leaf([last.scale]),
@@ -117,11 +116,14 @@ def _leaves(parts: list[Embeddings]) -> Embeddings:
     )
 
 
-def _detached(embeddings: Embeddings) -> Embeddings:
-    return Embeddings(*(None if t is None else t.detach() for t in embeddings))
+def _detached(embeddings: Pairs) -> Pairs:
+    bias = None if embeddings.bias is None else embeddings.bias.detach()
+    return Pairs(
+        embeddings.images.detach(), embeddings.texts.detach(), embeddings.scale.detach(), bias
+    )
 
 
-def _surrogate(part: Embeddings, leaves: Embeddings, rows: slice, *, share: float) -> Tensor:
+def _surrogate(part: Pairs, leaves: Pairs, rows: slice, *, share: float) -> Tensor:
     """A scalar whose gradient is the loss's: sum of outputs times their known gradients.
 
     Every chunk carries an equal share of the scale's and bias's gradient: a parameter without a
