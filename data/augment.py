@@ -80,11 +80,11 @@ class ImageTransform:
 
         Fastest where `out` lies in channels-last memory, as the result without it does.
         """
-        source = torch.from_numpy(_contiguous(self._crop(image, rng)))
-        pixels = self._fit(source[None].permute(0, 3, 1, 2))[0]
+        source = torch.from_numpy(_contiguous(self._crop(image, rng)))[None].permute(0, 3, 1, 2)
+        pixels = (source if source.shape[2:] == self.size else self._fit(source))[0]
         if self.config is not None:
             pixels = _augment(pixels, self.config, _given(rng))
-        return pixels if out is None else out.copy_(pixels)
+        return pixels.clone() if out is None else out.copy_(pixels)
 
     def _crop(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         if self.config is None:
