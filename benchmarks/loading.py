@@ -33,7 +33,7 @@ from data.loader import TrainLoader
 from data.order import Order, report
 from data.text import TokenizerSpec
 
-BATCH = 64
+BATCH = 256
 SHUFFLE_BUFFER = 1000
 
 
@@ -58,9 +58,9 @@ class Task:
 
 
 TASKS = (
-    Task("clip 500x375, crop to 224", 500, 375, 90, 7.2, 224, True, True, 1024, 3.0),
-    Task("faces 112x112, whole", 112, 112, 95, 4.6, 112, False, False, 4096, 5.0),
-    Task("faces 112x112, crop", 112, 112, 95, 4.6, 112, False, True, 4096, 5.0),
+    Task("clip 500x375, crop to 224", 500, 375, 90, 6.8, 224, True, True, 1024, 3.0),
+    Task("faces 112x112, whole", 112, 112, 95, 4.1, 112, False, False, 4096, 5.0),
+    Task("faces 112x112, crop", 112, 112, 95, 4.1, 112, False, True, 4096, 5.0),
 )
 
 
@@ -219,13 +219,13 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--samples", type=int, default=256, help="samples a round, of clip")
+    parser.add_argument("--samples", type=int, default=512, help="samples a round, of clip")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["NSPHERE_CACHE"] = tempfile.mkdtemp()
     results = []
     for task in TASKS:
-        num_batches = max(2, options.samples * task.num_samples // TASKS[0].num_samples // BATCH)
+        num_batches = max(1, options.samples * task.num_samples // TASKS[0].num_samples // BATCH)
         results.append(compare(task, options.rounds, num_batches))
     figures = {
         "machine": machine(),

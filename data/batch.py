@@ -4,7 +4,7 @@ Everything here is a function of the samples and their positions, so that it is 
 worker of any rank. The processes around it are in `data/loader.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -100,8 +100,10 @@ class SampleReader:
         self.config = config
         self.transform = transform
         self.captions = CaptionReader(config.caption_key, normalize=config.normalize_captions)
-        self._caption_endings = ";".join(self.captions.endings)
         self.tokenizer: Tokenizer | None = build_tokenizer(spec) if spec else None
+        self._wanted = [config.image_key]
+        if self.tokenizer is not None:
+            self._wanted.append(";".join(self.captions.endings))
         self._reader = Reader(
             cache_dir=config.cache_dir,
             cache_bytes=config.cache_bytes,
@@ -114,14 +116,14 @@ class SampleReader:
 
     def read(self, entries: Sequence[Entry]) -> list[tuple[memoryview | bytes, ...]]:
         """Image and caption member of each entry; DataError where a shard cannot be read."""
-        parts = [self._parts(entry) for entry in entries]
         spans = [
             (entry.shard, part.offset, part.size)
-            for entry, pair in zip(entries, parts, strict=True)
-            for part in pair
+            for entry in entries
+            for part in self._parts(entry)
         ]
-        found = iter(self._reader.read_many(spans))
-        return [tuple(next(found) for _ in pair) for pair in parts]
+        found = self._reader.read_many(spans)
+        each = len(self._wanted)
+        return [tuple(found[first : first + each]) for first in range(0, len(found), each)]
 
     def picture(
         self, member: memoryview | bytes, rng: np.random.Generator | None, out: Tensor
@@ -141,13 +143,12 @@ class SampleReader:
             return torch.empty((len(captions), 0), dtype=torch.int64)
         return self.tokenizer(captions)
 
-    def _parts(self, entry: Entry) -> tuple[Part, ...]:
-        wanted = [self.config.image_key] + [self._caption_endings] * (self.tokenizer is not None)
-        parts = [entry.part(endings) for endings in wanted]
-        for part, endings in zip(parts, wanted, strict=True):
+    def _parts(self, entry: Entry) -> Iterator[Part]:
+        for endings in self._wanted:
+            part = entry.part(endings)
             if part is None:
                 raise DataError(f"{sample_name(entry)} has no member with the ending {endings}")
-        return tuple(part for part in parts if part is not None)
+            yield part
 
 
 class TrainRows:
@@ -169,20 +170,20 @@ class TrainRows:
         entries = self.samples.entries(rows.ids)
         members = self.reader.read(entries)
         images = self.reader.new_images(len(entries))
-        ids, captions, bad, num_bad = rows.ids.copy(), [], list[Bad](), 0
+        slots, epochs, ids = images.unbind(), rows.epochs.tolist(), rows.ids.tolist()
+        captions, bad, num_bad = list[str](), list[Bad](), 0
         for row, entry in enumerate(entries):
-            epoch = int(rows.epochs[row])
             try:
-                caption = self._fill(images[row], members[row], epoch, int(ids[row]))
+                caption = self._fill(slots[row], members[row], epochs[row], ids[row])
             except BadSample as error:
                 bad.append(Bad(entry.shard, entry.key, str(error)))
                 num_bad += 1
-                ids[row], entries[row], caption = self._substitute(images[row], rows, row, bad)
+                ids[row], entries[row], caption = self._substitute(slots[row], rows, row, bad)
             captions.append(caption)
         return Batch(
             images=images,
             texts=self.reader.tokens(captions),
-            ids=torch.from_numpy(ids),
+            ids=torch.tensor(ids, dtype=torch.int64),
             caption_ids=torch.tensor([caption_hash(text) for text in captions], dtype=torch.int64),
             labels=torch.tensor([entry.label for entry in entries], dtype=torch.int64),
             positions=torch.from_numpy(positions),

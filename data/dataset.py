@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +108,7 @@ class SampleSet:
 
 def sample_name(entry: Entry) -> str:
     """ "<shard name>:<key>" """
-    return f"{PurePosixPath(entry.shard).name}:{entry.key}"
+    return f"{entry.shard.rpartition('/')[2]}:{entry.key}"
 
 
 def _fingerprint(indexes: Sequence[Index], weights: Sequence[float]) -> str:
