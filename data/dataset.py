@@ -32,9 +32,9 @@ class SampleSet:
         *,
         seed: int,
         weights: Sequence[float] = (1.0,),
-        chunk: int = 128,
+        chunk: int = 64,
         lanes: int = 64,
-        window: int = 32,
+        window: int = 64,
     ) -> None:
         if len(indexes) != len(weights) or not indexes:
             raise ValueError(f"{len(indexes)} indexes and {len(weights)} weights do not match")

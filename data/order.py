@@ -92,9 +92,9 @@ class Order:
         counts: Sequence[int] | Int64s,  # (shards,) samples of each shard
         *,
         seed: int,
-        chunk: int = 128,
+        chunk: int = 64,
         lanes: int = 64,
-        window: int = 32,
+        window: int = 64,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
