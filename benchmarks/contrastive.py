@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -144,6 +145,7 @@ def one_process(sizes: Sequence[int], rounds: int, device: torch.device) -> list
                 if min(peaks.values()) > 0:
                     memory["memory_ratio"] = peaks[name] / peaks["open_clip"]
                 lines.append(figures(kind, count, name, taken) | memory)
+                print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
     return lines
 
 
@@ -272,8 +274,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=2, help="0: one process only")
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks that are started from here
@@ -281,13 +283,14 @@ def main() -> None:
     facts = {"machine": machine(), "commit": commit(), "load": load()}
     alone = one_process(given.sizes, given.rounds, device)
     shared_sizes = [n for n in given.sizes if n <= 8192] or given.sizes[:1]
-    together = several_ranks(given.ranks, shared_sizes, given.rounds)
+    together = several_ranks(given.ranks, shared_sizes, given.rounds) if given.ranks else []
     if given.json:
         print(json.dumps(facts | {"one_process": alone, f"ranks_{given.ranks}": together}))
         return
     print(" | ".join(f"{name}: {value}" for name, value in facts.items()))
     print_one_process(alone)
-    print_several_ranks(given.ranks, together)
+    if together:
+        print_several_ranks(given.ranks, together)
 
 
 if __name__ == "__main__":

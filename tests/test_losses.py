@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import oracles
@@ -50,6 +50,7 @@ class Case:
     options: dict = field(default_factory=dict)
     ours: dict = field(default_factory=dict)
     with_ids: tuple[str, ...] = ()
+    scale: float = 9.0
 
     def inputs(self, rows=slice(None)):
         draw = torch.Generator().manual_seed(self.seed)
@@ -60,7 +61,7 @@ class Case:
         known = {
             "images": images,
             "texts": texts,
-            "scale": torch.tensor(9.0, dtype=torch.float64),
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
             "bias": torch.tensor(-4.0, dtype=torch.float64),
             "ids": repeated[0],
             "caption_ids": repeated[1] * 2**40,
@@ -110,13 +111,15 @@ CASES = [
     for loss in OURS
     for options in OPTIONS[loss]
     for masks in MASKS[loss]
-]
+] + [Case("clip", with_ids=("ids",), scale=2000.0)]  # two exponentials even in float64
 
 
 # ------------------------------------------------------------------------------- one process
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.loss}-{c.options}-{c.with_ids}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.loss}-{c.options}-{c.with_ids}-{c.scale:g}"
+)
 @pytest.mark.parametrize("tile", [1, 4, 23, None])
 def test_equals_the_oracle_at_any_tile(case, tile):
     actual = evaluate(OURS[case.loss], case, case.inputs(), {**case.options, "tile": tile})
@@ -289,6 +292,22 @@ def test_inputs_may_lie_anyhow_in_memory_and_stay_as_they_are(loss):
     assert torch.equal(strided["images"], case.inputs()["images"])
 
 
+@pytest.mark.parametrize("scale", [20.0, 60.0, 80.0, 130.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_exponential_or_two_give_the_same(scale, dtype):
+    """Around the scale at which sums of plain exponentials would leave the range of the dtype."""
+    case = Case("clip", count=40, with_ids=("ids",), options={"label_smoothing": 0.1})
+    known = case.inputs()
+    known["images"][:3] *= -1  # rows and columns whose best logit is far below the others'
+    known["texts"][:3] = -known["images"][3:6]
+    known |= {name: known[name].to(dtype) for name in ("images", "texts")}
+    known["scale"] = torch.tensor(scale, dtype=dtype)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in known.items()}
+    actual = evaluate(clip_loss, case, known, {"tile": 16, **case.options})
+    expected = evaluate(oracles.clip, case, exact, case.options)
+    assert_close(case, actual, expected, EXACT if dtype == torch.float64 else 1e-6 * scale)
+
+
 def test_scale_of_one_element_and_scale_zero():
     for loss in ("clip", "siglip"):
         case = Case(loss)
@@ -385,11 +404,7 @@ def over_ranks(case, results):
 @pytest.mark.parametrize("visiting", ["gather", "ring"])
 @pytest.mark.parametrize("world_size", PARTS)
 def test_equals_the_oracle_on_any_number_of_ranks(world_size, visiting):
-    cases = [
-        Case(c.loss, options=c.options, with_ids=c.with_ids, ours={"visiting": visiting, "tile": t})
-        for c in CASES
-        for t in (5, None)
-    ]
+    cases = [replace(c, ours={"visiting": visiting, "tile": t}) for c in CASES for t in (5, None)]
     results = run_ranks(world_size, _losses_of_a_rank, cases, PARTS[world_size])
     by_case = zip(*results, strict=True)
     for _ in PARTS[world_size]:

@@ -1,6 +1,6 @@
 """Symmetric softmax loss of CLIP over all ranks' pairs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from trainer.losses.matched import Matched, match
 from trainer.similarity.closed_form import attach_gradients, needs_gradient, plain_arithmetic
 from trainer.similarity.pairs import Tile
-from trainer.similarity.statistics import add_logsumexp
+from trainer.similarity.softmax import measure_softmax
 
 
 def clip_loss(
@@ -45,67 +45,56 @@ def clip_loss(
         matched = match(
             *inputs, group, identities=identities, visiting=visiting, wire=wire, tile=tile
         )
-        softmax = _measure(matched, label_smoothing)
+        smoothing = _Smoothing(matched, label_smoothing)
+        softmax = measure_softmax(matched.pairs, smoothing.sweep())
         target = 2 * (1 - label_smoothing)  # of a matching pair, in both directions
-        losses = softmax.own_losses(matched) - target * matched.own_logits()
-        value = losses.sum() * (matched.share / 2)
+        rows, columns = softmax.logsumexps()
+        losses = rows + matched.pairs.own(columns) - target * matched.own_logits()
+        value = (losses - smoothing.terms()).sum() * (matched.share / 2)
         if not any(needed):
             return value
-        gradients = matched.gradients(
-            lambda tile: softmax.weights(matched, tile), -target, needed, mean=matched.share / 2
-        )
+
+        def weights(now: Tile) -> Tensor:
+            matched.exclusion.exclude(now)
+            targets = smoothing.targets(now)
+            probabilities = softmax.probabilities(now)
+            return probabilities if targets is None else probabilities.sub_(targets)
+
+        gradients = matched.gradients(weights, -target, needed, mean=matched.share / 2)
     return attach_gradients(value, inputs, gradients)
 
 
-@dataclass(frozen=True)
-class _Softmax:
-    """Statistics of the logits: rows of this rank, columns of all ranks."""
+class _Smoothing:
+    """The part of the targets that is spread over all pairs of a row or column, if any."""
 
-    rows: Tensor  # (n,) log-sum-exp
-    columns: Tensor  # (N,)
-    row_sums: Tensor | None  # (n,) plain sums, where targets are smoothed
-    column_sums: Tensor | None  # (N,)
-    shares: Tensor | None  # (N,) target of every pair in a row or column
-
-    def own_losses(self, matched: Matched) -> Tensor:  # (n,)
-        """Both directions of this rank's samples, but for the targets of matching pairs."""
-        own = matched.pairs.own
-        losses = self.rows + own(self.columns)
-        if self.shares is None or self.row_sums is None or self.column_sums is None:
-            return losses
-        return losses - own(self.shares) * (self.row_sums + own(self.column_sums))
-
-    def weights(self, matched: Matched, tile: Tile) -> Tensor:  # (m, k)
-        """Sum of both directions' probabilities, less the smoothed part of the targets."""
-        matched.exclusion.exclude(tile)
-        rows, columns = self.rows[tile.rows].unsqueeze(1), self.columns[tile.columns]
-        weights = torch.sub(tile.values, rows, out=tile.scratch).exp_()
-        excluded = None
-        if self.shares is not None:
-            own = matched.pairs.own_columns(tile.rows)
-            weights -= self.shares[own].unsqueeze(1)
-            weights -= self.shares[tile.columns]
-            excluded = tile.values == -torch.inf if matched.exclusion else None
-        weights += tile.values.sub_(columns).exp_()
-        return weights if excluded is None else weights.masked_fill_(excluded, 0.0)
-
-
-def _measure(matched: Matched, label_smoothing: float) -> _Softmax:
-    """The statistics pass."""
-    pairs = matched.pairs
-    rows, columns = pairs.new_rows(-torch.inf), pairs.new_columns(-torch.inf)
-    row_sums, column_sums = pairs.new_rows(0.0), pairs.new_columns(0.0)
-    for tile in pairs.tiles():
-        matched.exclusion.exclude(tile)
-        add_logsumexp(rows[tile.rows], tile.values, 1, tile.scratch)
-        add_logsumexp(columns[tile.columns], tile.values, 0, tile.scratch)
+    def __init__(self, matched: Matched, label_smoothing: float) -> None:
+        self._matched, self._pairs = matched, matched.pairs
+        self._row_sums, self._column_sums = self._pairs.new_rows(0.0), self._pairs.new_columns(0.0)
+        self._shares: Tensor | None = None  # (N,) the target of each pair
         if label_smoothing:
-            kept = tile.values.masked_fill(tile.values == -torch.inf, 0.0)
-            row_sums[tile.rows] += kept.sum(1)
-            column_sums[tile.columns] += kept.sum(0)
-    columns = pairs.merge_columns(columns, lambda shares: shares.logsumexp(0))
-    if not label_smoothing:
-        return _Softmax(rows, columns, None, None, None)
-    column_sums = pairs.merge_columns(column_sums, lambda shares: shares.sum(0))
-    shares = label_smoothing / matched.exclusion.count_kept().to(rows.dtype)
-    return _Softmax(rows, columns, row_sums, column_sums, shares)
+            self._shares = label_smoothing / matched.exclusion.count_kept().to(self._pairs.dtype)
+
+    def sweep(self) -> Iterator[Tile]:
+        """All tiles with excluded pairs at -inf; the logits of the others are summed on the way."""
+        for tile in self._pairs.tiles():
+            self._matched.exclusion.exclude(tile)
+            if self._shares is not None:
+                kept = tile.values.masked_fill(tile.values == -torch.inf, 0.0)
+                self._row_sums[tile.rows] += kept.sum(1)
+                self._column_sums[tile.columns] += kept.sum(0)
+            yield tile
+
+    def terms(self) -> Tensor:  # (n,)
+        """Targets times logits, summed over both directions of this rank's samples."""
+        if self._shares is None:
+            return self._row_sums
+        columns = self._pairs.merge_columns(self._column_sums, lambda shares: shares.sum(0))
+        return self._pairs.own(self._shares) * (self._row_sums + self._pairs.own(columns))
+
+    def targets(self, tile: Tile) -> Tensor | None:  # (m, k)
+        """The targets of both directions, none for excluded pairs."""
+        if self._shares is None:
+            return None
+        own = self._shares[self._pairs.own_columns(tile.rows)]
+        targets = own.unsqueeze(1) + self._shares[tile.columns]
+        return targets.masked_fill_(tile.values == -torch.inf, 0.0)

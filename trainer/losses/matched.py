@@ -32,7 +32,7 @@ class Matched:
 
     def own_logits(self) -> Tensor:  # (n,)
         """Logits of the matching pairs."""
-        return (self.images * self.scale * self.texts).sum(1)
+        return (self.pairs.rows * self.texts).sum(1)
 
     def gradients(
         self,
@@ -52,7 +52,7 @@ class Matched:
             weights_of, rows=for_images or for_scale, visitors=for_texts
         )
         rows.add_(self.texts, alpha=own_weight).mul_(mean)
-        visitors.add_(self.images * self.scale, alpha=own_weight).mul_(mean)
+        visitors.add_(self.pairs.rows, alpha=own_weight).mul_(mean)
         slope = (rows * self.images).sum()
         return (
             rows.mul_(self.scale) if for_images else None,

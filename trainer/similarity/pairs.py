@@ -16,13 +16,13 @@ from torch.distributed import ProcessGroup
 from trainer.collectives import gather_counts, gather_rows, own_rank, return_rows
 from trainer.similarity.visiting import Visit, build_visiting
 
-# Side of a tile. On a CPU a float32 tile and its scratch copy share a 2 MiB L2 cache with the
-# blocks of rows; a GPU wants products large enough to fill it.
-_TILE = {"cpu": 512}
+# Side of a tile. On a CPU larger products are faster until a float32 tile leaves a core's cache of
+# about 2 MiB (measured at d = 512); a GPU wants products large enough to fill it.
+_TILE = {"cpu": 768}
 _TILE_ELSEWHERE = 4096
-# Tiles of the first sweep kept for the later ones, in units of the memory of both sides' rows:
-# linear in the batch, and a small batch is then never multiplied twice.
-_KEPT = 2
+# Tiles of the first sweep that are kept for the later ones, in units of the memory of both sides'
+# rows: linear in the batch, and a batch of N <= 2 d rows is never multiplied twice.
+_KEPT = 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Tile:
     """Inner products of some stationary rows with some visiting rows."""
 
     values: Tensor
-    """(m, k). Read-only in a statistics pass; the weights pass may write into it."""
+    """(m, k). To be read, and pairs excluded, in a statistics pass; the last sweep may reuse it."""
     rows: slice
     """Positions among this rank's stationary rows."""
     columns: slice
@@ -57,15 +57,15 @@ class Pairs:
         *,
         visiting: str = "gather",
         tile: int | None = None,
-        swept_once: bool = False,
+        swept_once: bool = False,  # keep no tiles: there will be no second sweep
     ) -> None:
         if tile is not None and tile < 1:
             raise ValueError(f"tile={tile} is no size: give a number of rows of at least 1")
-        self._rows, self._group = rows.contiguous(), group
+        self.rows, self._group = rows.contiguous(), group
+        self._visitors = visitors
         self._tile = tile or _TILE.get(rows.device.type, _TILE_ELSEWHERE)
         self._counts = gather_counts(len(visitors), group, rows.device)
         self._visiting = build_visiting(visiting, visitors, self._counts, group, rows.dtype)
-        self._own_shape = visitors.shape
         self._start = sum(self._counts[: own_rank(group)])
         self._buffers: dict[str, Tensor] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}
@@ -74,7 +74,7 @@ class Pairs:
     @property
     def num_rows(self) -> int:
         """n, this rank's stationary rows."""
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def num_columns(self) -> int:
@@ -87,9 +87,20 @@ class Pairs:
         return len(self._counts)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of computation."""
+        return self.rows.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self._rows.device
+        return self.rows.device
+
+    def bound(self) -> float:
+        """No inner product of any rank is larger in magnitude: the product of the longest rows."""
+        norms = torch.stack([_longest(self.rows), _longest(self._visitors.to(self.dtype))])
+        everyone = gather_rows(norms.unsqueeze(0), [1] * self.world_size, self._group)
+        return float(everyone.amax(0).prod())
 
     def own_columns(self, rows: slice) -> slice:
         """Positions, among all visitors, of this rank's visitors at `rows`."""
@@ -97,11 +108,11 @@ class Pairs:
 
     def new_rows(self, fill: float) -> Tensor:  # (n,)
         """One value a stationary row, for a statistic."""
-        return self._rows.new_full((self.num_rows,), fill)
+        return self.rows.new_full((self.num_rows,), fill)
 
     def new_columns(self, fill: float) -> Tensor:  # (N,)
         """One value a visiting row, for this rank's share of a statistic."""
-        return self._rows.new_full((self.num_columns,), fill)
+        return self.rows.new_full((self.num_columns,), fill)
 
     def gather(self, values: Tensor) -> Tensor:  # (n, ...) -> (N, ...)
         """Facts about this rank's visitors, such as labels, from every rank."""
@@ -119,7 +130,7 @@ class Pairs:
 
     def own(self, columns: Tensor) -> Tensor:  # (N,) -> (n,)
         """This rank's part of a complete statistic of the columns."""
-        return columns[self._start : self._start + self._own_shape[0]]
+        return columns[self._start : self._start + len(self._visitors)]
 
     def tiles(self) -> Iterator[Tile]:
         """Each pair once: one sweep of the visitors."""
@@ -137,15 +148,18 @@ class Pairs:
 
         It is the last sweep: kept tiles are given away.
         """
-        row_sums, way = torch.zeros_like(self._rows), self._visiting
+        row_sums, way = torch.zeros_like(self.rows), self._visiting
         for visit in way.visits_with_gradients() if visitors else way.visits():
             for tile in self._tiles_of(visit):
                 weights, here = weights_of(tile), _shifted(tile.columns, -visit.columns.start)
                 if rows:
                     row_sums[tile.rows].addmm_(weights, visit.rows[here])
                 if visit.gradients is not None:
-                    visit.gradients[here].addmm_(weights.T, self._rows[tile.rows])
-        return row_sums, way.gradients() if visitors else self._rows.new_zeros(self._own_shape)
+                    visit.gradients[here].addmm_(weights.T, self.rows[tile.rows])
+                self._kept.pop((tile.rows.start, tile.columns.start), None)
+        if visitors:
+            return row_sums, way.gradients()
+        return row_sums, torch.zeros_like(self._visitors, dtype=self.dtype)
 
     def _tiles_of(self, visit: Visit) -> Iterator[Tile]:
         for first in range(0, self.num_rows, self._tile):
@@ -154,7 +168,7 @@ class Pairs:
                 columns = slice(start, min(start + self._tile, visit.columns.stop))
                 block = visit.rows[_shifted(columns, -visit.columns.start)]
                 yield Tile(
-                    self._multiply(self._rows[rows], block, (first, start)),
+                    self._multiply(self.rows[rows], block, (first, start)),
                     rows,
                     columns,
                     self._start + first - start,
@@ -174,9 +188,13 @@ class Pairs:
     def _buffer(self, name: str, m: int, k: int) -> Tensor:
         if name not in self._buffers:
             sides = (min(self._tile, side) for side in (self.num_rows, self.num_columns))
-            self._buffers[name] = self._rows.new_empty(math.prod(sides))
+            self._buffers[name] = self.rows.new_empty(math.prod(sides))
         return self._buffers[name][: m * k].view(m, k)
 
 
 def _shifted(positions: slice, by: int) -> slice:
     return slice(positions.start + by, positions.stop + by)
+
+
+def _longest(rows: Tensor) -> Tensor:  # (n, d) -> ()
+    return torch.linalg.vector_norm(rows, dim=1).amax() if len(rows) else rows.new_zeros(())
