@@ -7,6 +7,7 @@ sources that cannot seek are written once to a plain tar on this node and read f
 import gzip
 import logging
 import os
+import resource
 import stat
 import tempfile
 import zlib
@@ -36,7 +37,7 @@ _SPOOL_BYTES = 2**20
 _FILE_GAP_BYTES = 8 * 1024  # reading on costs less than another system call
 _REMOTE_GAP_BYTES = 256 * 1024  # and here less than another request
 _MAX_RUN_BYTES = 16 * 2**20
-_MAX_OPEN = 256
+_MAX_FILES = 4096
 _REMOTE_THREADS = 8
 _UNKNOWN: Version = (-1, "")
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -71,14 +72,18 @@ class Reader:
         """
         if self._pid != os.getpid():  # a fork shares files and connections, and has no threads
             self._start()
-        self._open_remote({shard for shard, _, _ in spans} - self._stores.keys())
+        self._open_remote({shard for shard, _, _ in spans})
         found: list[bytes | memoryview] = [b""] * len(spans)
-        remote = []
+        files, remote = [], []
         for run in self._iter_runs(spans):
             if isinstance(run.store, FileStore):
-                self._read_run(run, spans, found)
+                run.store.will_need(run.start, run.end - run.start)
+                files.append(run)
             else:
                 remote.append(run)
+        for run in files:
+            run.store = self._store(run.shard)  # a batch of many shards may have closed it again
+            self._read_run(run, spans, found)
         if remote:  # waiting on a store takes no processor: side by side
             list(self._pool().map(partial(self._read_run, spans=spans, found=found), remote))
         return found
@@ -90,7 +95,7 @@ class Reader:
 
     def close(self) -> None:
         """Close every open shard and connection."""
-        for store in self._stores.values():
+        for store in (*self._files.values(), *self._remote.values()):
             store.close()
         if self._threads is not None:
             self._threads.shutdown()
@@ -106,7 +111,11 @@ class Reader:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._stores: OrderedDict[str, Store] = OrderedDict()
+        self._files: OrderedDict[str, FileStore] = OrderedDict()
+        self._remote: dict[str, Store] = {}
+        self._max_files = min(
+            resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31 // 2, _MAX_FILES
+        )
         self._connections = Connections()
         self._threads: ThreadPoolExecutor | None = None
         self._cache: NodeCache | None = None
@@ -119,10 +128,12 @@ class Reader:
 
     def _open_remote(self, shards: set[str]) -> None:
         # Each asks its server for a version first; one after the other that would add up.
-        remote = sorted(shard for shard in shards if "://" in shard)
+        remote = [shard for shard in shards if "://" in shard and not self._find(shard)]
         if len(remote) > 1:
-            opened = self._pool().map(self._open_checked, remote)
-            self._stores.update(zip(remote, opened, strict=True))
+            for shard, store in zip(
+                remote, self._pool().map(self._open_checked, remote), strict=True
+            ):
+                self._keep(shard, store)
 
     def _iter_runs(self, spans: Sequence[Span]) -> Iterator["_Run"]:
         """Spans that lie close together, to be read at once; in order of shard and offset."""
@@ -175,13 +186,22 @@ class Reader:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _store(self, shard: str) -> Store:
-        store = self._stores.get(shard)
+        return self._find(shard) or self._keep(shard, self._open_checked(shard))
+
+    def _find(self, shard: str) -> Store | None:
+        store = self._files.get(shard)
         if store is None:
-            store = self._stores[shard] = self._open_checked(shard)
-            if len(self._stores) > _MAX_OPEN:
-                self._stores.popitem(last=False)[1].close()
+            return self._remote.get(shard)
+        self._files.move_to_end(shard)
+        return store
+
+    def _keep(self, shard: str, store: Store) -> Store:
+        if isinstance(store, FileStore):
+            self._files[shard] = store
+            if len(self._files) > self._max_files:
+                self._files.popitem(last=False)[1].close()
         else:
-            self._stores.move_to_end(shard)
+            self._remote[shard] = store
         return store
 
     def _open_checked(self, shard: str) -> Store:
@@ -209,8 +229,8 @@ class Reader:
                 "kept as plain tars on this node",
                 store.url,
             )
-        if version == _UNKNOWN:
-            with tempfile.TemporaryFile() as file:
+        if version == _UNKNOWN:  # what an earlier run has kept may be something else
+            with tempfile.TemporaryFile(dir=self._node_cache().folder) as file:
                 _write_stream(store, file.fileno())
                 return FileStore(store.url, os.dup(file.fileno()))
         key = f"{store.url}\0{version}"
