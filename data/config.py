@@ -62,11 +62,11 @@ class DataConfig(Section):
     """Worker processes per rank; 0 reads in the training process."""
     prefetch: int = Field(default=4, ge=1)
     """Batches read ahead by each worker."""
-    chunk: int = Field(default=128, ge=1)
+    chunk: int = Field(default=64, ge=1)
     """Consecutive samples of a shard that are read and shuffled together."""
     lanes: int = Field(default=64, ge=1)
     """Equal parts of the chunk sequence that feed a global batch in turn."""
-    window: int = Field(default=32, ge=1)
+    window: int = Field(default=64, ge=1)
     """Chunks of a lane whose samples are permuted together."""
     cache_dir: Path | None = None
     """Node cache for remote shards; none: pieces are not kept."""
