@@ -13,14 +13,13 @@ from trainer.similarity.pairs import Pairs, Tile
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pairs of this rank's embeddings, times the scale, with the embeddings of all ranks."""
+    """Pairs of this rank's embeddings with those of all ranks; their values are the logits."""
 
     embeddings: Tensor
     """(n, d) in the dtype of computation, float32 or better."""
     labels: Tensor
     """(N,) of all ranks."""
-    scale: Tensor
-    """()"""
+    scale: float
     pairs: Pairs
     exclusion: Exclusion
 
@@ -41,7 +40,7 @@ class Labelled:
 def label(
     embeddings: Tensor,  # (n, d)
     labels: Tensor,  # (n,) int
-    scale: Tensor,  # () or (1,)
+    scale: float,
     group: ProcessGroup | None,
     *,
     ids: Tensor | None,  # (n,) int
@@ -53,6 +52,6 @@ def label(
     check_per_row("labels", labels, embeddings)
     check_per_row("ids", ids, embeddings)
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    factor, rows = scale.to(dtype).reshape(()), embeddings.to(dtype)
-    pairs = Pairs(rows * factor, embeddings.detach(), group, visiting=visiting, tile=tile)
-    return Labelled(rows, pairs.gather(labels), factor, pairs, Exclusion(pairs, [ids]))
+    rows = embeddings.to(dtype)
+    pairs = Pairs(rows, embeddings, group, factor=scale, visiting=visiting, tile=tile)
+    return Labelled(rows, pairs.gather(labels), scale, pairs, Exclusion(pairs, [ids]))

@@ -14,14 +14,13 @@ from trainer.similarity.pairs import Pairs, Tile
 
 @dataclass(frozen=True)
 class Matched:
-    """Pairs of this rank's images, times the scale, with the texts of all ranks."""
+    """Pairs of this rank's images with the texts of all ranks; their values are the logits."""
 
     images: Tensor
     """(n, d) in the dtype of computation, float32 or better."""
     texts: Tensor
     """(n, d) this rank's, rounded to the dtype that travels."""
-    scale: Tensor
-    """()"""
+    scale: float
     pairs: Pairs
     exclusion: Exclusion
 
@@ -32,7 +31,7 @@ class Matched:
 
     def own_logits(self) -> Tensor:  # (n,)
         """Logits of the matching pairs."""
-        return (self.pairs.rows * self.texts).sum(1)
+        return (self.images * self.texts).sum(1).mul_(self.scale)
 
     def gradients(
         self,
@@ -44,19 +43,19 @@ class Matched:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of images, texts and scale, None where not needed.
 
-        The logit is (scale * image) . text: the image's gradient is the scale times that of the
-        product, and the scale's is its inner product with the images, so no tile is summed for it.
+        The scale's is the inner product of the images with their own gradients, each of logit over
+        scale; so no tile is summed for it.
         """
         for_images, for_texts, for_scale = needed[:3]
         rows, visitors = self.pairs.gradients(
             weights_of, rows=for_images or for_scale, visitors=for_texts
         )
-        rows.add_(self.texts, alpha=own_weight).mul_(mean)
-        visitors.add_(self.pairs.rows, alpha=own_weight).mul_(mean)
-        slope = (rows * self.images).sum()
+        rows.add_(self.texts, alpha=own_weight)
+        visitors.add_(self.images, alpha=own_weight)
+        slope = (rows * self.images).sum() * mean
         return (
-            rows.mul_(self.scale) if for_images else None,
-            visitors if for_texts else None,
+            rows.mul_(mean * self.scale) if for_images else None,
+            visitors.mul_(mean * self.scale) if for_texts else None,
             slope if for_scale else None,
         )
 
@@ -79,10 +78,15 @@ def match(
     for name, values in identities.items():
         check_per_row(name, values, images)
     dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
-    factor, rows = scale.to(dtype).reshape(()), images.to(dtype)
-    visitors = texts.to(wire or texts.dtype)
+    rows, visitors, factor = images.to(dtype), texts.to(wire or texts.dtype), float(scale)
     pairs = Pairs(
-        rows * factor, visitors, group, visiting=visiting, tile=tile, swept_once=swept_once
+        rows,
+        visitors,
+        group,
+        factor=factor,
+        visiting=visiting,
+        tile=tile,
+        swept_once=swept_once,
     )
     exclusion = Exclusion(pairs, list(identities.values()))
     return Matched(rows, visitors.to(dtype), factor, pairs, exclusion)

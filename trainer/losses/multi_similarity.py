@@ -34,8 +34,7 @@ def multi_similarity_loss(
     """
     (needed,) = needs_gradient(embeddings)
     with plain_arithmetic(embeddings.device):
-        one = torch.ones((), device=embeddings.device)
-        labelled = label(embeddings, labels, one, group, ids=ids, visiting=visiting, tile=tile)
+        labelled = label(embeddings, labels, 1.0, group, ids=ids, visiting=visiting, tile=tile)
         mining = _Mining(labelled, *_extremes(labelled), epsilon=epsilon)
         hinges = _measure(mining, alpha, beta, threshold)
         losses = hinges.positives / alpha + hinges.negatives / beta

@@ -47,7 +47,7 @@ def siglip_loss(
             tile=tile,
             swept_once=True,
         )
-        shift = bias.to(matched.scale.dtype).reshape(())
+        shift = bias.to(matched.pairs.dtype).reshape(())
         losses, slopes = matched.pairs.new_rows(0.0), matched.pairs.new_rows(0.0)
 
         def measure(tile: Tile) -> Tensor:

@@ -32,7 +32,9 @@ def supcon_loss(
     inputs = (embeddings, scale)
     needed = needs_gradient(*inputs)
     with plain_arithmetic(embeddings.device):
-        labelled = label(embeddings, labels, scale, group, ids=ids, visiting=visiting, tile=tile)
+        labelled = label(
+            embeddings, labels, float(scale), group, ids=ids, visiting=visiting, tile=tile
+        )
         softmax = _measure(labelled)
         value = softmax.losses().sum() * labelled.share
         if not any(needed):
@@ -41,7 +43,7 @@ def supcon_loss(
             lambda tile_now: softmax.weights(labelled, tile_now), visitors=needed[0]
         )
         slope = (rows * labelled.embeddings).sum() * labelled.share
-        total = (rows * labelled.scale + visitors) * labelled.share
+        total = (rows + visitors) * (labelled.scale * labelled.share)
     return attach_gradients(value, inputs, (total, slope))
 
 

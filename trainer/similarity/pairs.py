@@ -21,8 +21,8 @@ from trainer.similarity.visiting import Visit, build_visiting
 _TILE = {"cpu": 768}
 _TILE_ELSEWHERE = 4096
 # Tiles of the first sweep that are kept for the later ones, in units of the memory of both sides'
-# rows: linear in the batch, and a batch of N <= 2 d rows is never multiplied twice.
-_KEPT = 1
+# rows: linear in the batch, and a batch of N <= 3 d rows is never multiplied twice.
+_KEPT = 1.5
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class Tile:
 
 
 class Pairs:
-    """The pairs of this rank's rows with every rank's visiting rows."""
+    """The pairs of this rank's rows with every rank's visiting rows, their products times a factor.
+
+    Multiplying by the factor is left to the matrix product, which neither copies nor rounds rows.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Pairs:
         visitors: Tensor,  # (n, d) this rank's visiting rows, in the dtype that travels
         group: ProcessGroup | None,
         *,
+        factor: float = 1.0,
         visiting: str = "gather",
         tile: int | None = None,
         swept_once: bool = False,  # keep no tiles: there will be no second sweep
@@ -62,14 +66,16 @@ class Pairs:
         if tile is not None and tile < 1:
             raise ValueError(f"tile={tile} is no size: give a number of rows of at least 1")
         self.rows, self._group = rows.contiguous(), group
-        self._visitors = visitors
+        self._visitors, self._factor = visitors, factor
         self._tile = tile or _TILE.get(rows.device.type, _TILE_ELSEWHERE)
         self._counts = gather_counts(len(visitors), group, rows.device)
         self._visiting = build_visiting(visiting, visitors, self._counts, group, rows.dtype)
         self._start = sum(self._counts[: own_rank(group)])
         self._buffers: dict[str, Tensor] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._room = 0 if swept_once else _KEPT * (len(rows) + self.num_columns) * rows.shape[1]
+        self._room = (
+            0 if swept_once else int(_KEPT * (len(rows) + self.num_columns) * rows.shape[1])
+        )
 
     @property
     def num_rows(self) -> int:
@@ -97,10 +103,10 @@ class Pairs:
         return self.rows.device
 
     def bound(self) -> float:
-        """No inner product of any rank is larger in magnitude: the product of the longest rows."""
+        """No value of any rank is larger in magnitude: the factor times the longest rows."""
         norms = torch.stack([_longest(self.rows), _longest(self._visitors.to(self.dtype))])
         everyone = gather_rows(norms.unsqueeze(0), [1] * self.world_size, self._group)
-        return float(everyone.amax(0).prod())
+        return abs(self._factor) * float(everyone.amax(0).prod())
 
     def own_columns(self, rows: slice) -> slice:
         """Positions, among all visitors, of this rank's visitors at `rows`."""
@@ -144,9 +150,10 @@ class Pairs:
         rows: bool = True,
         visitors: bool = True,
     ) -> tuple[Tensor, Tensor]:  # (n, d), (n, d)
-        """Gradients of this rank's stationary and visiting rows; 0 for a side not asked for.
+        """Sums of weights times visiting rows for this rank's rows, and the other way round.
 
-        It is the last sweep: kept tiles are given away.
+        They are the gradients divided by the factor; 0 for a side not asked for. It is the last
+        sweep: kept tiles are given away.
         """
         row_sums, way = torch.zeros_like(self.rows), self._visiting
         for visit in way.visits_with_gradients() if visitors else way.visits():
@@ -180,10 +187,13 @@ class Pairs:
             return self._kept[place]
         m, k = len(rows), len(block)
         if m * k > self._room:
-            return torch.mm(rows, block.T, out=self._buffer("values", m, k))
+            return self._multiply_into(self._buffer("values", m, k), rows, block)
         self._room -= m * k
-        self._kept[place] = torch.mm(rows, block.T)
+        self._kept[place] = self._multiply_into(rows.new_empty(m, k), rows, block)
         return self._kept[place]
+
+    def _multiply_into(self, out: Tensor, rows: Tensor, block: Tensor) -> Tensor:
+        return torch.addmm(out, rows, block.T, beta=0, alpha=self._factor, out=out)
 
     def _buffer(self, name: str, m: int, k: int) -> Tensor:
         if name not in self._buffers:
