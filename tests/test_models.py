@@ -470,3 +470,24 @@ def test_rows_of_zero_images_still_have_unit_length():
     model = tiny()
     rows = model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).images
     torch.testing.assert_close(F.normalize(rows, dim=1), rows, rtol=0, atol=1e-6)
+
+
+def test_positional_pooling_starts_with_a_position_a_head(tmp_path):
+    cfg = {
+        "embed_dim": 32,
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 64},
+        "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 1},
+    }
+    path = tmp_path / "resnet.json"
+    path.write_text(json.dumps(cfg))
+    model = build_model(ModelConfig(name=str(path), init="positional"), loss_name="clip")
+    pool = model.clip.visual.attnpool
+    tokens = torch.rand(3, 4, 256) + pool.positional_embedding[1:]
+    keys = pool.k_proj(tokens).view(3, 4, pool.num_heads, -1)
+    query = pool.q_proj(tokens.mean(1)).view(3, 1, pool.num_heads, -1)
+    weights = ((query * keys).sum(-1) / 16**0.5).softmax(1)  # (3, positions, heads)
+    for head in range(pool.num_heads):
+        assert (weights[:, :, head].argmax(1) == head % 4).all()
+    assert weights.amax(1).mean() > 0.8
+    with pytest.raises(ConfigError, match="no attention pooling"):
+        build_model(ModelConfig(init="positional"), loss_name="clip")

@@ -72,8 +72,9 @@ class ModelConfig(Section):
     """An open_clip model name, or the path of an open_clip JSON config."""
     pretrained: str = ""
     """Start weights: a local checkpoint, an open_clip tag, or `hf-hub:...`; empty: from scratch."""
-    init: Literal["open_clip", "big_vision"] = "open_clip"
-    """Initialisation rule of the towers."""
+    init: Literal["open_clip", "big_vision", "positional"] = "open_clip"
+    """Initialisation of the towers; positional: open_clip's, but each head of a ResNet's attention
+    pooling starts at one position, which keeps the layout of aligned images."""
     init_scale: float = Field(default=0.0, ge=0)
     """Start of the cosines' multiplier; 0: the loss's published value (1/0.07, SigLIP 10)."""
     init_bias: float = -10.0

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.config import ConfigError, ModelConfig
 from trainer.models.architecture import OFFLINE, Architecture, find_weights, load_architecture
-from trainer.models.initialise import initialise_big_vision
+from trainer.models.initialise import initialise_big_vision, initialise_positional
 from trainer.models.layers import parameter_layers
 from trainer.models.towers import TwoTower
 
@@ -38,8 +38,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
         torch.default_generator.manual_seed(seed)  # the CPU one alone
         clip = _construct(architecture, config)
-        if config.init == "big_vision" and not on_meta:
-            initialise_big_vision(clip)
+        if not on_meta:
+            _initialise(clip, config)
     _start_scale_and_bias(clip, config, loss_name)
     if architecture.weights and load_weights and not on_meta:
         _load(clip, architecture, config)
@@ -90,6 +90,16 @@ def _why_not_built(architecture: Architecture, reason: str) -> str:
     if repo:
         return f"{where}: its text tower is {repo}; {OFFLINE.format(repo=repo)} ({line})"
     return f"{where} cannot be built: {line}"
+
+
+def _initialise(clip: nn.Module, config: ModelConfig) -> None:
+    if config.init == "big_vision":
+        initialise_big_vision(clip)
+    elif config.init == "positional":
+        try:
+            initialise_positional(clip)
+        except ValueError as error:
+            raise ConfigError(f"model.init = 'positional' with {config.name!r}: {error}") from None
 
 
 def _drops_patches(visual: nn.Module) -> bool:

@@ -1,13 +1,15 @@
-"""big_vision's initialisation for open_clip's and timm's transformers.
+"""Initialisations other than open_clip's: big_vision's transformers, positional pooling.
 
-Source: google-research/big_vision, `models/vit.py`, `models/proj/image_text/text_transformer.py`.
-Two departures: layers that flax leaves at its default (patches, heads) get that default, LeCun
-normal; and no head starts at zero, because an embedding of length zero has no direction.
+Source of the first: google-research/big_vision, `models/vit.py` and
+`models/proj/image_text/text_transformer.py`. Two departures: layers that flax leaves at its
+default (patches, heads) get that default, LeCun normal; and no head starts at zero, because an
+embedding of length zero has no direction.
 """
 
 import math
 
 import torch
+from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 
 _POSITIONS = ("positional_embedding", "pos_embed")
@@ -26,6 +28,33 @@ def initialise_big_vision(clip: nn.Module) -> None:
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:  # fixed sine positions stay
                 _initialise_leaf(leaf, parameter)
+
+
+POSITION_NORM = 4.0  # of a position's embedding; the features beside it have about 1 an axis
+FIRST_LOGIT = 5.0  # by which a head prefers its position: 0.94 of the weight among nine
+
+
+@torch.no_grad()
+def initialise_positional(clip: nn.Module) -> None:
+    """Let each head of an attention pooling start at one position, in turn; in place.
+
+    open_clip's own start is near a mean over positions, and a mean forgets where things were. On
+    aligned images (faces, icons) that costs most of the early epochs (benchmarks/RESULTS.md).
+    Raises ValueError for towers without such a pooling.
+    """
+    pools = [module for module in clip.modules() if isinstance(module, AttentionPool2d)]
+    if not pools:
+        raise ValueError("there is no attention pooling of a ResNet in these towers")
+    for pool in pools:
+        num_positions, dim = len(pool.positional_embedding) - 1, pool.positional_embedding.shape[1]
+        head_dim = dim // pool.num_heads
+        directions = torch.linalg.qr(torch.randn(dim, num_positions)).Q.T  # (positions, dim)
+        pool.positional_embedding[1:] += POSITION_NORM * directions
+        for head in range(pool.num_heads):
+            row = head * head_dim  # one of the head's axes asks for the position and nothing else
+            pool.k_proj.weight[row] = directions[head % num_positions]
+            pool.q_proj.weight[row] = 0.0
+            pool.q_proj.bias[row] = FIRST_LOGIT * math.sqrt(head_dim) / POSITION_NORM
 
 
 def _initialise_layer(name: str, module: nn.Module) -> None:
