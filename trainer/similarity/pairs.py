@@ -20,9 +20,11 @@ from trainer.similarity.visiting import Visit, build_visiting
 # about 2 MiB (measured at d = 512); a GPU wants products large enough to fill it.
 _TILE = {"cpu": 768}
 _TILE_ELSEWHERE = 4096
-# Tiles of the first sweep that are kept for the later ones, in units of the memory of both sides'
-# rows: linear in the batch, and a batch of N <= 3 d rows is never multiplied twice.
-_KEPT = 1.5
+# Tiles of the first sweep are kept for the later ones while they take no more than 1.5 times the
+# memory of both sides' rows, or 96 MiB in float32: linear in the batch, and a batch of a few
+# thousand rows is never multiplied twice.
+_KEPT_OF_ROWS = 1.5
+_KEPT_ELEMENTS = 24 * 2**20
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,8 @@ class Pairs:
         self._start = sum(self._counts[: own_rank(group)])
         self._buffers: dict[str, Tensor] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._room = (
-            0 if swept_once else int(_KEPT * (len(rows) + self.num_columns) * rows.shape[1])
-        )
+        # One block: freed tile by tile, memory would stay with the C library instead.
+        self._room = rows.new_empty(0 if swept_once else self._elements_kept())
 
     @property
     def num_rows(self) -> int:
@@ -107,6 +108,10 @@ class Pairs:
         norms = torch.stack([_longest(self.rows), _longest(self._visitors.to(self.dtype))])
         everyone = gather_rows(norms.unsqueeze(0), [1] * self.world_size, self._group)
         return abs(self._factor) * float(everyone.amax(0).prod())
+
+    def _elements_kept(self) -> int:
+        rows = (self.num_rows + self.num_columns) * self.rows.shape[1]
+        return min(max(int(_KEPT_OF_ROWS * rows), _KEPT_ELEMENTS), self.num_rows * self.num_columns)
 
     def own_columns(self, rows: slice) -> slice:
         """Positions, among all visitors, of this rank's visitors at `rows`."""
@@ -153,7 +158,7 @@ class Pairs:
         """Sums of weights times visiting rows for this rank's rows, and the other way round.
 
         They are the gradients divided by the factor; 0 for a side not asked for. It is the last
-        sweep: kept tiles are given away.
+        sweep: the kept tiles are given up.
         """
         row_sums, way = torch.zeros_like(self.rows), self._visiting
         for visit in way.visits_with_gradients() if visitors else way.visits():
@@ -163,7 +168,8 @@ class Pairs:
                     row_sums[tile.rows].addmm_(weights, visit.rows[here])
                 if visit.gradients is not None:
                     visit.gradients[here].addmm_(weights.T, self.rows[tile.rows])
-                self._kept.pop((tile.rows.start, tile.columns.start), None)
+        self._kept.clear()
+        self._room = self.rows.new_empty(0)
         if visitors:
             return row_sums, way.gradients()
         return row_sums, torch.zeros_like(self._visitors, dtype=self.dtype)
@@ -186,10 +192,10 @@ class Pairs:
         if place in self._kept:
             return self._kept[place]
         m, k = len(rows), len(block)
-        if m * k > self._room:
+        if m * k > len(self._room):
             return self._multiply_into(self._buffer("values", m, k), rows, block)
-        self._room -= m * k
-        self._kept[place] = self._multiply_into(rows.new_empty(m, k), rows, block)
+        here, self._room = self._room[: m * k], self._room[m * k :]
+        self._kept[place] = self._multiply_into(here.view(m, k), rows, block)
         return self._kept[place]
 
     def _multiply_into(self, out: Tensor, rows: Tensor, block: Tensor) -> Tensor:
