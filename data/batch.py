@@ -4,6 +4,7 @@ Everything here is a function of the samples and their positions, so that it is 
 worker of any rank. The processes around it are in `data/loader.py`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from data.augment import ImageTransform, KeyedRng
 from data.config import DataConfig
@@ -133,9 +135,13 @@ class SampleReader:
 
     def new_images(self, num: int) -> Tensor:  # (num, 3, H, W) uint8
         """Memory for pictures, in the layout that is fastest to fill."""
-        return torch.empty(
-            (num, 3, *self.transform.size), dtype=torch.uint8, memory_format=torch.channels_last
-        )
+        shape = (num, *self.transform.size, 3)
+        images = torch.empty(0, dtype=torch.uint8)
+        if get_worker_info() is None:
+            images = images.new_empty(shape)
+        else:  # where the trainer's process reads it: a worker's private memory would be copied
+            images.set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+        return images.permute(0, 3, 1, 2)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:  # (n, T) int64
         """Tokens of captions; without a tokenizer rows of none."""
