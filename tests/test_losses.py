@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from trainer.losses import (
-    LOSSES,
     clip_loss,
     multi_similarity_loss,
     siglip_loss,
@@ -541,40 +540,6 @@ def test_equals_pytorch_metric_learning():
             torch.autograd.grad(x, rows, retain_graph=True) for x in (ours, theirs)
         )
         assert torch.allclose(actual, expected, rtol=0, atol=1e-9)
-
-
-# ------------------------------------------------------------------------- the step's function
-
-
-@dataclass(frozen=True)
-class _Options:
-    label_smoothing: float = 0.1
-    mask_equal_ids: bool = True
-    mask_equal_captions: bool = False
-    visiting: str = "gather"
-
-
-@dataclass(frozen=True)
-class _Batch:
-    images: torch.Tensor
-    texts: torch.Tensor
-    ids: torch.Tensor
-    caption_ids: torch.Tensor
-
-
-@pytest.mark.parametrize("captions", [False, True])
-def test_the_configured_loss_is_the_function(captions):
-    known = Case("clip").inputs()
-    batch = _Batch(*(known[name] for name in ("images", "texts", "ids", "caption_ids")))
-    options = _Options(mask_equal_captions=captions)
-    both = (batch.images, batch.texts, known["scale"])
-    masks = {"ids": batch.ids, "caption_ids": batch.caption_ids if captions else None}
-    clip = LOSSES["clip"](options)(batch, known["scale"], None, batch, None)
-    assert torch.equal(clip, clip_loss(*both, label_smoothing=0.1, **masks))
-    siglip = LOSSES["siglip"](options)(batch, known["scale"], known["bias"], batch, None)
-    assert torch.equal(siglip, siglip_loss(*both, known["bias"], **masks))
-    with pytest.raises(ValueError, match="needs a bias"):
-        LOSSES["siglip"](options)(batch, known["scale"], None, batch, None)
 
 
 # ----------------------------------------------------------------------------- what is refused
