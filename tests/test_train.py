@@ -86,8 +86,8 @@ def poisoned_rank(group, config, run: str, bad_steps: tuple[int, ...]) -> str:
 
     build, calls = module.build_objective, 0
 
-    def build_poisoned(loss_config, group):
-        objective = build(loss_config, group)
+    def build_poisoned(loss_config, group, wire):
+        objective = build(loss_config, group, wire)
 
         def poisoned(pairs, batch):
             nonlocal calls

@@ -24,12 +24,17 @@ class Pairs(NamedTuple):
 Objective = Callable[[Pairs, Batch], Tensor]
 
 
-def build_objective(config: LossConfig, group: ProcessGroup | None) -> Objective:
-    """The loss of `config.name`: (this rank's embeddings, its batch) -> this rank's mean, ()."""
-    return OBJECTIVES[config.name](config, group)
+def build_objective(
+    config: LossConfig, group: ProcessGroup | None, wire: torch.dtype | None = None
+) -> Objective:
+    """The loss of `config.name`: (this rank's embeddings, its batch) -> this rank's mean, ().
+
+    `wire` is the dtype in which texts and their gradients travel between ranks; None: float32.
+    """
+    return OBJECTIVES[config.name](config, group, wire)
 
 
-def _clip(config: LossConfig, group: ProcessGroup | None) -> Objective:
+def _clip(config: LossConfig, group: ProcessGroup | None, wire: torch.dtype | None) -> Objective:
     def objective(embeddings: Pairs, batch: Batch) -> Tensor:
         ids, caption_ids = _identities(config, batch, embeddings.scale.device)
         return clip_loss(
@@ -41,12 +46,13 @@ def _clip(config: LossConfig, group: ProcessGroup | None) -> Objective:
             ids=ids,
             caption_ids=caption_ids,
             visiting=config.visiting,
+            wire=wire,
         )
 
     return objective
 
 
-def _siglip(config: LossConfig, group: ProcessGroup | None) -> Objective:
+def _siglip(config: LossConfig, group: ProcessGroup | None, wire: torch.dtype | None) -> Objective:
     def objective(embeddings: Pairs, batch: Batch) -> Tensor:
         if embeddings.bias is None:
             raise ValueError("siglip_loss needs a bias: build the model with loss_name='siglip'")
@@ -60,6 +66,7 @@ def _siglip(config: LossConfig, group: ProcessGroup | None) -> Objective:
             ids=ids,
             caption_ids=caption_ids,
             visiting=config.visiting,
+            wire=wire,
         )
 
     return objective

@@ -31,6 +31,9 @@ from trainer.samples import check_fit, load_samples
 from trainer.step import Stepper
 from trainer.validate import AUTOCAST, Validation
 
+# Embeddings that come from bfloat16 towers have no more digits than this to lose on their way.
+WIRE = {"bf16": torch.bfloat16}
+
 logger = logging.getLogger("nsphere.train")
 
 
@@ -159,7 +162,7 @@ def _build_stepper(config: Config, engine: Engine, ranks: Ranks, clock: StepCloc
     fewest = config.train.global_batch_size // ranks.world_size
     return Stepper(
         engine=engine,
-        objective=build_objective(config.loss, ranks.group),
+        objective=build_objective(config.loss, ranks.group, WIRE.get(config.train.precision)),
         seed=config.train.seed,
         num_chunks=min(-(-rows // chunk_size), fewest),
         device=ranks.device,
