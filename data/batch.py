@@ -135,12 +135,14 @@ class SampleReader:
 
     def new_images(self, num: int) -> Tensor:  # (num, 3, H, W) uint8
         """Memory for pictures, in the layout that is fastest to fill."""
-        shape = (num, *self.transform.size, 3)
+        height, width = self.transform.size
+        shape = (num, height, width, 3)
         images = torch.empty(0, dtype=torch.uint8)
         if get_worker_info() is None:
             images = images.new_empty(shape)
         else:  # where the trainer's process reads it: a worker's private memory would be copied
-            images.set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+            storage = torch.UntypedStorage._new_shared(math.prod(shape))
+            images.set_(storage, 0, shape, (height * width * 3, width * 3, 3, 1))
         return images.permute(0, 3, 1, 2)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:  # (n, T) int64
