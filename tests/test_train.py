@@ -52,9 +52,10 @@ def test_a_locked_tower_does_not_move_and_resumes(tmp_path, stage):
     assert moved and not any(name.startswith("clip.visual") for name in moved)
 
 
-def test_averaged_weights_follow_the_formula(tmp_path):
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_averaged_weights_follow_the_formula(tmp_path, stage):
     sections = {"checkpoint": {"every": "1 steps", "keep_last": 99}, "train": {"ema": 0.9}}
-    path = run(tmp_path, "ema", 1, **sections)
+    path = run(tmp_path, "ema", 2, zero={"stage": stage}, **sections)
     steps = sorted((path / "checkpoints").glob("step-*"))
     average = None
     for number, step in enumerate(steps, start=1):

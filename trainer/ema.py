@@ -13,12 +13,12 @@ from trainer.engine import Engine
 class WeightAverage:
     """Float32 averages of the trained parameters; at ZeRO stage 3 of this rank's part of each."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, engine: Engine, decay: float) -> None:
         self._decay = decay
-        self._model = model
+        self._engine, self._model = engine, engine.model
         self._parts = {
             name: _part(parameter).detach().float().clone()
-            for name, parameter in model.named_parameters()
+            for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         }
 
@@ -39,25 +39,26 @@ class WeightAverage:
                 kept = part.detach().float().clone()
                 part.copy_(self._parts[name])
                 self._parts[name] = kept
+        self._engine.release()
 
-    def whole(self, engine: Engine) -> dict[str, Tensor]:
+    def whole(self) -> dict[str, Tensor]:
         """Averages as whole tensors on the CPU; a collective at stage 3."""
         self.swap()
         named = dict(self._model.named_parameters())
         averages = {}
         for name in self._parts:
-            with engine.gathered([named[name]]):
+            with self._engine.gathered([named[name]]):
                 averages[name] = named[name].detach().float().cpu().clone()
         self.swap()
         return averages
 
     @torch.no_grad()
-    def load(self, averages: dict[str, Tensor], engine: Engine) -> None:
+    def load(self, averages: dict[str, Tensor]) -> None:
         """Take whole averages, as `whole` gave them, at any world size and stage."""
         named = dict(self._model.named_parameters())
         self.swap()
         for name, value in averages.items():
-            with engine.gathered([named[name]], modify=True):
+            with self._engine.gathered([named[name]], modify=True):
                 named[name].copy_(value)
         self.swap()
 

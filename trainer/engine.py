@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -198,6 +199,16 @@ class Engine:
             parameters, modifier_rank=modifier, enabled=self._zero.stage == 3
         ):
             yield
+
+    def release(self) -> None:
+        """Forget gathered copies of stage-3 parameters: their parts have been written to.
+
+        DeepSpeed keeps small parameters whole between steps and would go on using the old values.
+        """
+        if self._zero.stage == 3:
+            for parameter in self.model.parameters():
+                if getattr(parameter, "ds_status", None) is ZeroParamStatus.AVAILABLE:
+                    parameter.partition()  # type: ignore[attr-defined]
 
     def state(self) -> dict[str, float]:
         """What resume needs beside DeepSpeed's files: plain numbers, equal on all ranks."""

@@ -252,7 +252,7 @@ class Loop:
     def _save(self, state: TrainState) -> None:
         average_buffers(self.model, self.ranks)
         files: dict[str, Any] = self.engine.files()
-        averages = self.average.whole(self.engine) if self.average is not None else None
+        averages = self.average.whole() if self.average is not None else None
         if self.ranks.is_first:
             if averages is not None:
                 files["ema.safetensors"] = averages

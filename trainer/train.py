@@ -122,12 +122,12 @@ def _restore(
     optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, ranks.device)
     converted = state.zero_stage > 0 and state.world_size != ranks.world_size
     engine = Engine(model, optimizer, config, ranks, universal=converted)
-    average = WeightAverage(model, config.train.ema) if config.train.ema else None
+    average = WeightAverage(engine, config.train.ema) if config.train.ema else None
     if found is not None:
         with portable(found, ranks, convert=converted) as folder:
             engine.load(folder, state.engine)
         if average is not None:
-            average.load(load_averages(found), engine)
+            average.load(load_averages(found))
         logger.info("going on from %s at %d samples", found, state.samples_seen)
     return model, engine, average, replace(state, world_size=ranks.world_size)
 
