@@ -163,8 +163,10 @@ def main() -> None:
             code = BAD_INPUT
         else:
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank found the same
-            sys.stderr.writelines(f"nsphere: {line}\n" for line in str(error).splitlines())
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, DataError):  # of the rest every rank finds the same
+            name = "nsphere" if rank == "0" else f"nsphere, rank {rank}"
+            sys.stderr.writelines(f"{name}: {line}\n" for line in str(error).splitlines())
         sys.exit(code)
 
 

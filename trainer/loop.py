@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from data.errors import DataError
 from data.loader import Batch, TrainLoader
 from trainer.buffers import average_buffers
 from trainer.checkpoint import CheckpointFolder, TrainState, list_steps, step_name
@@ -31,8 +30,6 @@ from trainer.run import write_samples
 from trainer.schedule import learning_rate
 from trainer.step import StepOutput, Stepper
 from trainer.validate import Validation
-
-BAD_SAMPLES_GRACE = 20  # bad samples that never stop a run, whatever their share of a short start
 
 COSINES_EVERY_LINES = 20  # a histogram of cosines for so many logged steps
 
@@ -170,10 +167,10 @@ class Loop:
             logger.warning(
                 "step %d skipped: loss %s, a gradient was not finite", state.step, agreed.loss
             )
-        self._check_limits(state)
+        self._check_skipped(state)
         return state
 
-    def _check_limits(self, state: TrainState) -> None:
+    def _check_skipped(self, state: TrainState) -> None:
         if state.skipped_in_row > self.config.train.max_skipped:
             raise TrainingError(
                 f"step {state.step}: {state.skipped_in_row} steps in a row had a loss or gradient "
@@ -181,22 +178,12 @@ class Loop:
                 f"last good checkpoint: {self._last_checkpoint()}; lower optim.lr, set "
                 "optim.clip_norm, or look at the samples of these steps with log.samples = true"
             )
-        share = state.bad_samples / state.samples_seen
-        limit = self.config.data.max_bad_fraction
-        if state.bad_samples > BAD_SAMPLES_GRACE and share > limit:
-            raise DataError(
-                f"step {state.step}: {state.bad_samples} of {state.samples_seen} samples were bad "
-                f"({share:.1%}, data.max_bad_fraction = {limit:.1%}); each is named once in "
-                f"{self.run_dir / 'log'}; last checkpoint: {self._last_checkpoint()}"
-            )
 
     def _last_checkpoint(self) -> str:
         steps = list_steps(self.checkpoints.folder)
         return str(self.checkpoints.folder / step_name(steps[-1])) if steps else "none"
 
     def _record(self, state: TrainState, batch: Batch, output: StepOutput, agreed: _Agreed) -> None:
-        for shard, key, reason in batch.bad:
-            logger.warning("bad sample %s:%s replaced: %s", shard, key, reason)
         if self.config.log.samples:
             self._record_samples(state, batch)
         self.clock.mark("log")
