@@ -31,7 +31,9 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
     nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU, or one.")] = 0,
-    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "--run-dir", help="Run folder; default runs/NAME.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the folder's run; never.")] = "auto",
 ) -> None:
     """Train, or go on with the run in the folder. Any key: --section.key=value.
@@ -40,6 +42,7 @@ def train(
     --nproc 2 --run runs/emoji
 
     Also as a rank: torchrun --nproc-per-node 2 -m launch.cli train CONFIG, srun, accelerate launch.
+    torchrun takes --run for an abbreviation of its own: write --run-dir there.
     """
     from launch import runs
 

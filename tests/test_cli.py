@@ -188,7 +188,7 @@ def test_a_rank_under_torchrun(project):
     done = subprocess.run(
         [
             *(*torchrun, "--nproc-per-node", "2", "-m", "launch.cli"),
-            *("train", "run.toml", "--train.duration=2 steps", "--run", "r"),
+            *("train", "run.toml", "--train.duration=2 steps", "--run-dir", "r"),
         ],
         cwd=project,
         env={**environment(), "PYTHONSAFEPATH": "1"},

@@ -59,8 +59,8 @@ def test_fp16_finds_its_loss_scale_and_learns(tmp_path, stage):
     train = {"duration": "12 steps", "precision": "fp16", "max_skipped": 0}
     losses = losses_of(tmp_path, "fp16", 2, train=train, zero={"stage": stage})
     assert losses[12] < losses[1] - 0.5
-    lines = (tmp_path / "fp16" / "metrics.jsonl").read_text().splitlines()
-    assert 0 < json.loads(lines[-1])["skipped_steps"] < 8
+    lines = [json.loads(line) for line in (tmp_path / "fp16" / "metrics.jsonl").open()]
+    assert 0 < max(line.get("skipped_steps", 0) for line in lines) < 8
 
 
 def test_mix32_is_a_bijection():
