@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, one clear line for bad input, exit codes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -55,6 +56,8 @@ def call(project, monkeypatch, capfd):
     """Calls the command in this process: (exit code, stdout, stderr)."""
     monkeypatch.chdir(project)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    logger = logging.getLogger("nsphere")
+    logs = (logger.propagate, logger.handlers, logger.level)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -67,6 +70,7 @@ def call(project, monkeypatch, capfd):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    logger.propagate, logger.handlers, logger.level = logs
 
 
 @pytest.fixture
