@@ -8,13 +8,13 @@ import pytest
 from trainer.config import (
     Config,
     ConfigError,
-    Duration,
     differing_keys,
     dump_config,
     load_config,
     load_overrides,
     parse_config,
 )
+from trainer.duration import Duration
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

@@ -208,18 +208,9 @@ def test_scale_and_bias_start_at_the_published_values_with_one_dimension():
     assert float(own.bias) == pytest.approx(-2.71, rel=1e-6)
 
 
-@torch.no_grad()
-def test_the_scale_is_clamped_to_one_and_its_maximum():
-    model = tiny(max_scale=50.0)
-    for start, wanted in ((7.0, math.log(50)), (-1.0, 0.0), (2.0, 2.0)):
-        model.log_scale.data.fill_(start)
-        model.clamp_scale()
-        assert float(model.log_scale) == pytest.approx(wanted, rel=1e-6)
-    free = tiny(max_scale=math.inf)
-    for value in (9.0, -3.0):
-        free.log_scale.data.fill_(value)
-        free.clamp_scale()
-        assert float(free.log_scale) == value
+def test_the_scale_has_limits_unless_it_is_free():
+    assert tiny(max_scale=50.0).log_scale_limits == (0.0, pytest.approx(math.log(50)))
+    assert tiny(max_scale=math.inf).log_scale_limits == (-math.inf, math.inf)
 
 
 # --- start weights -------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from data.loader import Batch, TrainLoader
 from trainer.buffers import average_buffers
 from trainer.checkpoint import CheckpointFolder, TrainState, list_steps, step_name
-from trainer.config import Config, Duration, dump_config
+from trainer.config import Config, dump_config
+from trainer.duration import Duration
 from trainer.ema import WeightAverage
 from trainer.engine import Engine
 from trainer.evaluate.cosines import cosine_histograms

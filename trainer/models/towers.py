@@ -137,8 +137,3 @@ class TwoTower(nn.Module):
         if math.isinf(self.max_scale):
             return -math.inf, math.inf
         return 0.0, math.log(self.max_scale)
-
-    @torch.no_grad()
-    def clamp_scale(self) -> None:
-        """Bring the scale back into [1, max_scale]; call it after every optimizer step."""
-        self.log_scale.clamp_(*self.log_scale_limits)
