@@ -13,7 +13,7 @@ import torch
 from ranks import run_ranks
 from tiny_runs import read_losses, tiny_config, train_rank
 
-from trainer import checkpoint
+from trainer import checkpoint, durable
 from trainer.checkpoint import (
     CheckpointError,
     CheckpointFolder,
@@ -128,7 +128,7 @@ def die_inside_save(group, folder: str, after_bytes: int) -> None:
     saver = CheckpointFolder(Path(folder), ranks, keep_last=5)
     files = {f"deepspeed/rank_{ranks.rank}.pt": torch.zeros(100_000)}
     saver.save(TrainState("f", ranks.world_size, 1, step=1), "", files)
-    write, written = checkpoint._HashingFile.write, 0
+    write, written = durable.HashingFile.write, 0
 
     def dying_write(self, data):
         nonlocal written
@@ -137,7 +137,7 @@ def die_inside_save(group, folder: str, after_bytes: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(self, data)
 
-    checkpoint._HashingFile.write = dying_write
+    durable.HashingFile.write = dying_write
     checkpoint.RECORD_TIMEOUT_S = 3.0
     saver.save(TrainState("f", ranks.world_size, 1, step=2), "", files)
 

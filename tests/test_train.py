@@ -24,6 +24,14 @@ def newest_weights(path: Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
     return load_weights(step, ema=ema)
 
 
+def test_saves_in_the_background_are_the_same_run(tmp_path):
+    plain = run(tmp_path, "plain", 2)
+    behind = run(tmp_path, "behind", 2, checkpoint={"background": True})
+    assert read_losses(behind) == read_losses(plain)
+    saved, expected = newest_weights(behind), newest_weights(plain)
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
 def test_siglip_is_the_same_run_on_one_rank_and_on_three(tmp_path):
     sections = {"loss": {"name": "siglip", "visiting": "ring"}}
     one, three = (run(tmp_path, f"r{n}", n, **sections) for n in (1, 3))

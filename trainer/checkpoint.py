@@ -13,7 +13,6 @@ What is inside: `deepspeed/` (engine.py), `state.json`, `config.toml`, and where
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -22,14 +21,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import safetensors.torch
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config import Config, load_config
+from trainer.durable import flush_folder, write_file
 from trainer.ranks import Ranks
 
 FORMAT = 1
@@ -108,7 +107,7 @@ class CheckpointFolder:
 
     def _write(self, saving: Path, final: Path, files: Mapping[str, Any]) -> None:
         try:
-            records = {name: _write_file(saving / name, item) for name, item in files.items()}
+            records = {name: write_file(saving / name, item) for name, item in files.items()}
             _write_record(saving, self._ranks.rank, {"files": records})
             if self._ranks.is_first:
                 _commit(saving, final, self._ranks.world_size)
@@ -270,55 +269,6 @@ def load_checkpoint_config(path: Path, overrides: list[str] | None = None) -> Co
     return load_config(path / "config.toml", overrides)
 
 
-class _HashingFile:
-    """A file object that hashes what it writes, so that no byte is read back to be summed."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._size = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self._size += memoryview(data).nbytes
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def record(self) -> tuple[int, str]:
-        return self._size, self._digest.hexdigest()
-
-
-def _write_file(path: Path, item: Any) -> tuple[int, str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        if path.suffix == ".json":
-            hashing.write(json.dumps(item, indent=1).encode())
-        elif path.suffix == ".toml":
-            hashing.write(item.encode())
-        elif path.suffix == ".safetensors":
-            hashing.write(safetensors.torch.save(item))
-        else:
-            _torch_save(item, hashing)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashing.record()
-
-
-def _torch_save(item: Any, hashing: _HashingFile) -> None:
-    try:
-        torch.save(item, cast(IO[bytes], hashing))
-    except RuntimeError:  # torch says "unexpected pos" for whatever the disk had said
-        if hashing.error is not None:
-            raise hashing.error from None
-        raise
-
-
 def _write_record(saving: Path, rank: int, record: Mapping[str, Any]) -> None:
     """Publish what this rank wrote, whole or not at all."""
     path = saving / f".rank-{rank:05d}.json"
@@ -347,13 +297,13 @@ def _commit(saving: Path, final: Path, world_size: int) -> None:
             raise CheckpointError(f"rank {rank}: {record['error']}")
         files.update(record["files"])
         path.unlink()
-    _write_file(saving / MANIFEST, {"format": FORMAT, "files": dict(sorted(files.items()))})
+    write_file(saving / MANIFEST, {"format": FORMAT, "files": dict(sorted(files.items()))})
     for folder in {saving, *(path for path in saving.rglob("*") if path.is_dir())}:
-        _flush_folder(folder)
+        flush_folder(folder)
     if final.exists():  # the same step saved again: after a resume, or a stop right after a save
         shutil.rmtree(final)
     saving.rename(final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
 
 
 def _wait_for_record(path: Path) -> dict[str, Any]:
@@ -364,14 +314,6 @@ def _wait_for_record(path: Path) -> dict[str, Any]:
         time.sleep(0.005)
     record: dict[str, Any] = json.loads(path.read_text())
     return record
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _clear_unfinished(folder: Path) -> None:
