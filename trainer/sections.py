@@ -1,0 +1,347 @@
+"""The sections of a run's configuration as frozen typed models; `trainer/config.py` reads them.
+
+Every field says what it means in the words that `nsphere config` and its errors use.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.config import DataConfig, Section
+from trainer.duration import Duration
+
+CENTER_LOSSES = (
+    "softmax",
+    "cosface",
+    "arcface",
+    "combined",
+    "sphereface",
+    "elastic_arcface",
+    "elastic_cosface",
+    "elastic_arcface_plus",
+    "elastic_cosface_plus",
+    "adaface",
+    "magface",
+    "curricularface",
+    "sface",
+)
+"""Losses against class centers: they train one backbone on labelled images."""
+
+
+class ModelConfig(Section):
+    """Both towers, or a face backbone: the architecture, its start weights, what is frozen."""
+
+    name: str = "ViT-B-32"
+    """An open_clip model name, or the path of an open_clip JSON config. For losses against class
+    centers: iresnet18, 34, 50, 100, mobilefacenet, or timm:NAME."""
+    pretrained: str = ""
+    """Start weights: a local checkpoint, an open_clip tag, or `hf-hub:...`; empty: from scratch.
+    Face backbones: a file of insightface's or of our own names."""
+    embedding_dim: int = Field(default=512, ge=2)
+    """Face backbones: size of an embedding."""
+    image_size: int = Field(default=0, ge=0)
+    """Face backbones: pixels of a side; 0: 112, or what the timm model was made for."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Face backbones: dropout before the last layer."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Face backbones of timm: stochastic depth."""
+    fp32_head: bool = True
+    """Face backbones: the last layer and its norm in float32 under autocast."""
+    freeze_last_bn_scale: bool = True
+    """Face backbones: the last batch norm's scale stays 1, as published."""
+    init: Literal["open_clip", "big_vision", "positional"] = "open_clip"
+    """Initialisation of the towers; positional: open_clip's, but each head of a ResNet's attention
+    pooling starts at one position, which keeps the layout of aligned images."""
+    init_scale: float = Field(default=0.0, ge=0)
+    """Start of the cosines' multiplier; 0: the loss's published value (1/0.07, SigLIP 10)."""
+    init_bias: float = -10.0
+    """Start of SigLIP's additive bias."""
+    max_scale: float = Field(default=100.0, ge=1)
+    """The scale is clamped to [1, max_scale] after each step; `inf` leaves it free (big_vision)."""
+    lock_image: bool = False
+    """Freeze the image tower (LiT)."""
+    lock_image_unlocked_groups: int = Field(default=0, ge=0)
+    """Last groups of the image tower that stay trainable when it is locked."""
+    lock_text: bool = False
+    """Freeze the text tower."""
+    lock_text_unlocked_layers: int = Field(default=0, ge=0)
+    """Last layers of the text tower that stay trainable when it is locked."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of image patches dropped in training (ViT only)."""
+    compile: bool = False
+    """torch.compile both towers."""
+
+
+class LossConfig(Section):
+    """The loss and its own options."""
+
+    name: Literal[
+        "clip",
+        "siglip",
+        "softmax",
+        "cosface",
+        "arcface",
+        "combined",
+        "sphereface",
+        "elastic_arcface",
+        "elastic_cosface",
+        "elastic_arcface_plus",
+        "elastic_cosface_plus",
+        "adaface",
+        "magface",
+        "curricularface",
+        "sface",
+    ] = "clip"
+    """clip: symmetric InfoNCE; siglip: pairwise sigmoid; the others: against class centers."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread over all pairs (clip only)."""
+    mask_equal_ids: bool = True
+    """The same sample twice in a global batch is not its own negative."""
+    mask_equal_captions: bool = False
+    """Samples with an equal caption in a global batch are not each other's negatives."""
+    visiting: Literal["gather", "ring"] = "gather"
+    """How texts visit the ranks: all at once, or one neighbour's at a time (less memory)."""
+    scale: float = Field(default=64.0, gt=0)
+    """Class centers: multiplier of the cosines."""
+    margin: float | None = None
+    """Class centers: the loss's margin (mean margin for elastic losses); None: as published."""
+    margins: tuple[float, float, float] = (1.0, 0.3, 0.2)
+    """combined: m1, m2, m3 of cos(m1 theta + m2) - m3."""
+    margin_std: float | None = None
+    """elastic losses: standard deviation of the margin; None: as published."""
+    gradient: Literal["analytic", "detached"] = "analytic"
+    """Slope of the margined target: of the loss as written, or 1 (straight through)."""
+    beyond_pi: Literal["monotonic", "none", "easy"] = "monotonic"
+    """Where the target's angle and margin pass pi: go on falling linearly, turn back as written, or
+    take the margin only where the cosine is positive."""
+    filter: Literal["none", "drop", "zero"] = "none"
+    """Negatives above `filter_threshold` (likely the same person): kept, left out, or logit 0."""
+    filter_threshold: float = Field(default=0.4, ge=-1, le=1)
+    """Cosine above which a negative is filtered."""
+    adaface_h: float = Field(default=0.333, gt=0)
+    """adaface: concentration of the norms' statistic."""
+    adaface_momentum: float = Field(default=0.01, gt=0, le=1)
+    """adaface: share of a batch in the running mean and deviation of the norms."""
+    magface_norms: tuple[float, float] = (10.0, 110.0)
+    """magface: range of norms over which the margin rises."""
+    magface_margins: tuple[float, float] = (0.45, 0.8)
+    """magface: margins at both ends of the range."""
+    magface_weight: float = Field(default=35.0, ge=0)
+    """magface: weight of the norms' regulariser."""
+    curricular_momentum: float = Field(default=0.01, gt=0, le=1)
+    """curricularface: share of a batch in the running mean target cosine t."""
+    sface: tuple[float, float, float] = (80.0, 0.8, 1.23)
+    """sface: steepness k, and the angles a and b (radians) of the two sigmoids."""
+
+
+class CentersConfig(Section):
+    """Class centers, in parts over the ranks, and their optimizer."""
+
+    num_classes: int = Field(default=0, ge=0)
+    """Identities; 0: the largest label of the training data plus one."""
+    sample_rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of the centers that take part in a step; those of the batch's identities always do."""
+    correction: bool = True
+    """Weigh sampled negatives by how many they stand for, so that the rate does not move the loss;
+    published recipes do without."""
+    hard_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the sampled negatives taken from the nearest centers of the batch's identities."""
+    hard_neighbours: int = Field(default=16, ge=1)
+    """Length of each identity's list of nearest centers."""
+    hard_every: int = Field(default=1000, ge=1)
+    """Steps between refreshes of those lists."""
+    subcenters: int = Field(default=1, ge=1)
+    """Centers of an identity; the best one counts (sub-center ArcFace)."""
+    init_std: float = Field(default=0.01, gt=0)
+    """Centers start from a normal distribution of this deviation."""
+    init: str = ""
+    """A run or checkpoint whose centers are taken over by identity name; others start anew."""
+    identities: str = ""
+    """TSV with columns cls and name; empty: an identity is called by its number."""
+    optimizer: Literal["sgd", "adamw", "adagrad"] = "sgd"
+    """adagrad: row-wise, one number a center."""
+    mode: Literal["lazy", "exact"] = "lazy"
+    """lazy: a center moves only when it is touched; exact: what an untouched center missed is
+    applied when it is next touched, as a dense optimizer would have."""
+    lr_scale: float = Field(default=1.0, gt=0)
+    """Learning rate of the centers, relative to `optim.lr`."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """sgd: coupled, as published; adamw and adagrad: decoupled."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored centers; bfloat16 is rounded stochastically."""
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the optimizer's rows."""
+    host: bool = False
+    """Keep centers and their optimizer in host memory."""
+    norm_bounds: tuple[float, float] = (1e-3, 1e3)
+    """Lengths within which a touched center is kept."""
+
+
+class OptimConfig(Section):
+    """Optimizer of the towers."""
+
+    name: Literal["adamw", "sgd", "lamb", "muon"] = "adamw"
+    """sgd: with `momentum`, decay coupled to the gradient."""
+    lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate."""
+    image_lr: float = Field(default=0.0, ge=0)
+    """Peak learning rate of the image tower; 0: `lr`."""
+    text_lr: float = Field(default=0.0, ge=0)
+    """Peak learning rate of the text tower; 0: `lr`."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """sgd only."""
+    weight_decay: float = Field(default=0.2, ge=0)
+    """Decoupled decay of matrices; never on gains, biases, scale and bias."""
+    decay_set: Literal["open_clip", "big_vision", "ndim"] = "open_clip"
+    """What decays: by open_clip's published rule, big_vision's kernels only, or ndim >= 2."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate factor per layer, counted from the output; 1: none."""
+    clip_norm: float = Field(default=0.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0: never."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of samples seen."""
+
+    name: Literal["cosine", "constant", "wsd", "rsqrt"] = "cosine"
+    warmup: Duration = Duration("0 steps")
+    """Linear warm-up from 0."""
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """Last learning rate as a share of the peak."""
+    cooldown: Duration = Duration("0 steps")
+    """wsd, rsqrt: length of the linear decay to the floor at the end."""
+
+    @model_validator(mode="after")
+    def _durations_are_there(self) -> Self:
+        if "minutes" in (self.warmup.unit, self.cooldown.unit):
+            raise ValueError("schedule durations are in steps, samples or epochs, not minutes")
+        if self.name == "wsd" and not self.cooldown.value:
+            raise ValueError('schedule.name = "wsd" decays at the end: set schedule.cooldown')
+        if self.name == "rsqrt" and not self.warmup.value:
+            raise ValueError('schedule.name = "rsqrt" decays by its warm-up: set schedule.warmup')
+        return self
+
+
+class ZeroConfig(Section):
+    """What DeepSpeed shards over the ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    """Stage 3 only."""
+    nvme_path: str = ""
+    """Folder for `nvme` offload."""
+
+
+class TrainConfig(Section):
+    """Length, batch, precision and seed of the run."""
+
+    duration: Duration = Duration("1 epochs")
+    global_batch_size: int = Field(default=256, ge=2)
+    """Samples of one step over all ranks: the same samples at any world size."""
+    chunk_size: int = Field(default=0, ge=0)
+    """Samples of a rank that pass the towers at once (cached embedding gradients); 0: all."""
+    seed: int = 0
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """bf16: autocast over float32 parameters; fp16: DeepSpeed's loss scaling, GPU only."""
+    tf32: bool = True
+    """Allow TF32 matrix products on NVIDIA GPUs where float32 is asked for."""
+    max_skipped: int = Field(default=10, ge=0)
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of the exponential moving average of the weights; 0: none kept."""
+    deterministic: bool = False
+    """Deterministic GPU kernels: resume is then bit-identical on GPUs too."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and what is kept."""
+
+    every: Duration = Duration("1000 steps")
+    """Steps, samples, epochs or minutes between saves; SIGTERM, SIGUSR1 and the end save too."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every: Duration | None = None
+    """Checkpoints at multiples of this are kept for ever."""
+    background: bool = False
+    """Write while training goes on; the step waits only for the copy into host memory."""
+
+
+class LogConfig(Section):
+    """Numbers for people."""
+
+    every: Duration = Duration("10 steps")
+    samples: bool = False
+    """Write samples/step-*.json: the sample keys of every global batch, in order."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Experiment trackers, through accelerate."""
+
+
+class EvalConfig(Section):
+    """Evaluation of `data.val_shards` while training and in `nsphere eval`."""
+
+    every: Duration | None = None
+    """None: only at the end, if there are val shards."""
+    tasks: tuple[Literal["retrieval", "zero_shot"], ...] = ("retrieval",)
+    batch_size: int = Field(default=256, ge=1)
+    """Samples a rank embeds at once."""
+    templates: tuple[str, ...] = ("{}",)
+    """Zero-shot prompts, `{}` standing for the class name; `openai` is open_clip's list of 80."""
+    classes: str = ""
+    """Zero-shot class names: a text file (a line each), a TSV with columns cls and name or label,
+    or `imagenet`; empty: the distinct captions of each label in the evaluated shards."""
+
+
+class Config(Section):
+    """One run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    centers: CentersConfig = CentersConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def has_centers(self) -> bool:
+        """True for one backbone against class centers, False for image and text towers."""
+        return self.loss.name in CENTER_LOSSES
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        problems = []
+        if self.train.duration.unit == "minutes":
+            problems.append("train.duration is in steps, samples or epochs, not minutes")
+        if self.zero.offload_param != "none" and self.zero.stage != 3:
+            problems.append("zero.offload_param needs zero.stage = 3")
+        if self.zero.offload_optimizer != "none" and self.zero.stage == 0:
+            problems.append("zero.offload_optimizer needs zero.stage >= 1")
+        if "nvme" in (self.zero.offload_param, self.zero.offload_optimizer):
+            if not self.zero.nvme_path:
+                problems.append("nvme offload needs zero.nvme_path")
+        if self.loss.name != "clip" and self.loss.label_smoothing:
+            problems.append('loss.label_smoothing needs loss.name = "clip"')
+        if self.train.precision == "fp16" and self.zero.stage == 0:
+            problems.append("train.precision = 'fp16' needs zero.stage >= 1")
+        if self.optim.name != "adamw" and self.zero.stage != 0:
+            problems.append(
+                f'optim.name = "{self.optim.name}" works on whole matrices, which ZeRO cuts up:'
+                " set zero.stage = 0"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
