@@ -5,9 +5,9 @@ pair weights `dL/dvalue` into the gradients of both sides. Rows of the stationar
 on their rank; columns are completed by `merge_columns`, at the cost of O(N) numbers.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ _KEPT_OF_ROWS = 1.5
 _KEPT_ELEMENTS = 24 * 2**20
 
 
+class StationaryRows(Protocol):
+    """Rows that are read a block at a time: class centers, of which no copy is ever whole."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self, rows: slice) -> Tensor:
+        """Rows at these positions, in the dtype of computation."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """Inner products of some stationary rows with some visiting rows."""
@@ -41,6 +52,10 @@ class Tile:
     """Offset of the diagonal on which a row meets the visitor of its own position."""
     scratch: Tensor
     """(m, k) to write into; shared by all tiles."""
+    row_block: Tensor
+    """(m, d) the stationary rows themselves."""
+    column_block: Tensor
+    """(k, d) the visiting rows themselves."""
 
     def own_pairs(self, table: Tensor) -> Tensor:
         """The entries of an (m, k) table where a row meets its own visitor: a view."""
@@ -56,7 +71,7 @@ class Pairs:
 
     def __init__(
         self,
-        rows: Tensor,  # (n, d) stationary, in the dtype of computation
+        rows: Tensor | StationaryRows,  # (n, d) stationary, in the dtype of computation
         visitors: Tensor,  # (n, d) this rank's visiting rows, in the dtype that travels
         group: ProcessGroup | None,
         *,
@@ -67,8 +82,9 @@ class Pairs:
     ) -> None:
         if tile is not None and tile < 1:
             raise ValueError(f"tile={tile} is no size: give a number of rows of at least 1")
-        self.rows, self._group = rows.contiguous(), group
-        self._visitors, self._factor = visitors, factor
+        self.rows = rows.contiguous() if isinstance(rows, Tensor) else rows
+        self._read = self.rows.__getitem__ if isinstance(self.rows, Tensor) else self.rows.read
+        self._group, self._visitors, self._factor = group, visitors, factor
         self._tile = tile or _TILE.get(rows.device.type, _TILE_ELSEWHERE)
         self._counts = gather_counts(len(visitors), group, rows.device)
         self._visiting = build_visiting(visiting, visitors, self._counts, group, rows.dtype)
@@ -76,12 +92,12 @@ class Pairs:
         self._buffers: dict[str, Tensor] = {}
         self._kept: dict[tuple[int, int], Tensor] = {}
         # One block: freed tile by tile, memory would stay with the C library instead.
-        self._room = rows.new_empty(0 if swept_once else self._elements_kept())
+        self._room = self._empty(0 if swept_once else self._elements_kept())
 
     @property
     def num_rows(self) -> int:
         """n, this rank's stationary rows."""
-        return len(self.rows)
+        return self.rows.shape[0]
 
     @property
     def num_columns(self) -> int:
@@ -105,7 +121,8 @@ class Pairs:
 
     def bound(self) -> float:
         """No value of any rank is larger in magnitude: the factor times the longest rows."""
-        norms = torch.stack([_longest(self.rows), _longest(self._visitors.to(self.dtype))])
+        rows = self._read(slice(0, self.num_rows))
+        norms = torch.stack([_longest(rows), _longest(self._visitors.to(self.dtype))])
         everyone = gather_rows(norms.unsqueeze(0), [1] * self.world_size, self._group)
         return abs(self._factor) * float(everyone.amax(0).prod())
 
@@ -119,11 +136,11 @@ class Pairs:
 
     def new_rows(self, fill: float) -> Tensor:  # (n,)
         """One value a stationary row, for a statistic."""
-        return self.rows.new_full((self.num_rows,), fill)
+        return torch.full((self.num_rows,), fill, dtype=self.dtype, device=self.device)
 
     def new_columns(self, fill: float) -> Tensor:  # (N,)
         """One value a visiting row, for this rank's share of a statistic."""
-        return self.rows.new_full((self.num_columns,), fill)
+        return torch.full((self.num_columns,), fill, dtype=self.dtype, device=self.device)
 
     def gather(self, values: Tensor) -> Tensor:  # (n, ...) -> (N, ...)
         """Facts about this rank's visitors, such as labels, from every rank."""
@@ -160,32 +177,53 @@ class Pairs:
         They are the gradients divided by the factor; 0 for a side not asked for. It is the last
         sweep: the kept tiles are given up.
         """
-        row_sums, way = torch.zeros_like(self.rows), self._visiting
+        row_sums, way = self._empty(*self.rows.shape).zero_(), self._visiting
         for visit in way.visits_with_gradients() if visitors else way.visits():
             for tile in self._tiles_of(visit):
                 weights, here = weights_of(tile), _shifted(tile.columns, -visit.columns.start)
                 if rows:
-                    row_sums[tile.rows].addmm_(weights, visit.rows[here])
+                    row_sums[tile.rows].addmm_(weights, tile.column_block)
                 if visit.gradients is not None:
-                    visit.gradients[here].addmm_(weights.T, self.rows[tile.rows])
+                    visit.gradients[here].addmm_(weights.T, tile.row_block)
         self._kept.clear()
-        self._room = self.rows.new_empty(0)
+        self._room = self._empty(0)
         if visitors:
             return row_sums, way.gradients()
         return row_sums, torch.zeros_like(self._visitors, dtype=self.dtype)
 
+    def row_gradients(
+        self,
+        weights_of: Callable[[Tile], Tensor],  # (m, k) dL/dvalue; may reuse the tile's memory
+    ) -> Iterator[tuple[slice, Tensor]]:  # positions, (m, d)
+        """As the rows' side of `gradients`, a block of rows at a time; overwritten by the next.
+
+        So rows can be updated where they lie, without memory for all their gradients. Visitors
+        must be gathered: round a ring, no block would be complete before the end.
+        """
+        (visit,) = self._visiting.visits()
+        for tile in self._tiles_of(visit):
+            sums = self._buffer("sums", len(tile.row_block), self.rows.shape[1])
+            if tile.columns.start == 0:
+                sums.zero_()
+            sums.addmm_(weights_of(tile), tile.column_block)
+            if tile.columns.stop == self.num_columns:
+                yield tile.rows, sums
+
     def _tiles_of(self, visit: Visit) -> Iterator[Tile]:
         for first in range(0, self.num_rows, self._tile):
             rows = slice(first, min(first + self._tile, self.num_rows))
+            row_block = self._read(rows)
             for start in range(visit.columns.start, visit.columns.stop, self._tile):
                 columns = slice(start, min(start + self._tile, visit.columns.stop))
                 block = visit.rows[_shifted(columns, -visit.columns.start)]
                 yield Tile(
-                    self._multiply(self.rows[rows], block, (first, start)),
+                    self._multiply(row_block, block, (first, start)),
                     rows,
                     columns,
                     self._start + first - start,
                     self._buffer("scratch", rows.stop - first, columns.stop - start),
+                    row_block,
+                    block,
                 )
 
     def _multiply(self, rows: Tensor, block: Tensor, place: tuple[int, int]) -> Tensor:
@@ -203,9 +241,12 @@ class Pairs:
 
     def _buffer(self, name: str, m: int, k: int) -> Tensor:
         if name not in self._buffers:
-            sides = (min(self._tile, side) for side in (self.num_rows, self.num_columns))
-            self._buffers[name] = self.rows.new_empty(math.prod(sides))
+            width = self.rows.shape[1] if name == "sums" else min(self._tile, self.num_columns)
+            self._buffers[name] = self._empty(min(self._tile, self.num_rows) * width)
         return self._buffers[name][: m * k].view(m, k)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 def _shifted(positions: slice, by: int) -> slice:
