@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,14 +140,19 @@ class Index:
         name: str,
     ) -> NDArray[np.int64]:  # (len(self),)
         """ "label", "width", "height" or "caption" (a hash) of every sample, by id."""
+        return np.concatenate([np.zeros(0, np.int64), *self.iter_column(name)])
+
+    def iter_column(
+        self,
+        name: str,
+    ) -> Iterator[NDArray[np.int64]]:  # (counts[shard],)
+        """The same shard by shard, for what need not stand in memory at once."""
         if name not in _COLUMNS:
             raise ValueError(f"{name!r} is no column: {', '.join(_COLUMNS)} are")
-        pieces = [np.zeros(0, np.int64)]
         for number, table in enumerate(self._tables):
             values = table.columns([name])[name].to_numpy()
             rows = self._rows.get(number)
-            pieces.append(values if rows is None else values[rows])
-        return np.concatenate(pieces)
+            yield values if rows is None else values[rows]
 
     @property
     def labels(self) -> NDArray[np.int64]:  # (len(self),)
