@@ -111,11 +111,15 @@ class LossConfig(Section):
     """combined: m1, m2, m3 of cos(m1 theta + m2) - m3."""
     margin_std: float | None = None
     """elastic losses: standard deviation of the margin; None: as published."""
+    sphereface_annealing: tuple[float, float, float] = (0.0, 0.12, 5.0)
+    """sphereface: start, rate and floor of lambda = max(floor, start / (1 + rate * step)), the
+    weight of the plain cosine beside the margined one; start 0: none. Published for margin 4:
+    (1000, 0.12, 5)."""
     gradient: Literal["analytic", "detached"] = "analytic"
     """Slope of the margined target: of the loss as written, or 1 (straight through)."""
-    beyond_pi: Literal["monotonic", "none", "easy"] = "monotonic"
-    """Where the target's angle and margin pass pi: go on falling linearly, turn back as written, or
-    take the margin only where the cosine is positive."""
+    beyond_pi: Literal["monotonic", "none", "easy"] | None = None
+    """Where the target's angle and margin pass pi: go on falling, turn back as written, or take the
+    margin only where the cosine is positive; None: as published (easy for magface, else falling)."""
     filter: Literal["none", "drop", "zero"] = "none"
     """Negatives above `filter_threshold` (likely the same person): kept, left out, or logit 0."""
     filter_threshold: float = Field(default=0.4, ge=-1, le=1)
