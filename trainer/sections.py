@@ -119,7 +119,7 @@ class LossConfig(Section):
     """Slope of the margined target: of the loss as written, or 1 (straight through)."""
     beyond_pi: Literal["monotonic", "none", "easy"] | None = None
     """Where the target's angle and margin pass pi: go on falling, turn back as written, or take the
-    margin only where the cosine is positive; None: as published (easy for magface, else falling)."""
+    margin only where the cosine is positive; None: as published, easy for magface, else falling."""
     filter: Literal["none", "drop", "zero"] = "none"
     """Negatives above `filter_threshold` (likely the same person): kept, left out, or logit 0."""
     filter_threshold: float = Field(default=0.4, ge=-1, le=1)
