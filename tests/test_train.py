@@ -95,16 +95,18 @@ def poisoned_rank(group, config, run: str, bad_steps: tuple[int, ...]) -> str:
 
     build, calls = module.build_objective, 0
 
-    def build_poisoned(loss_config, group, wire):
-        objective = build(loss_config, group, wire)
+    def build_poisoned(*arguments, **options):
+        objective = build(*arguments, **options)
+        loss = objective.loss
 
-        def poisoned(pairs, batch):
+        def poisoned(outputs, batch, step):
             nonlocal calls
             calls += 1
             bad = calls in bad_steps and group.rank() == 1
-            return objective(pairs, batch) * (float("nan") if bad else 1.0)
+            return loss(outputs, batch, step) * (float("nan") if bad else 1.0)
 
-        return poisoned
+        objective.loss = poisoned
+        return objective
 
     module.build_objective = build_poisoned
     try:

@@ -114,6 +114,14 @@ def sum_over_ranks(value: Tensor, group: ProcessGroup | None) -> Tensor:
     return total
 
 
+def max_over_ranks(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Elementwise largest of every rank's `value`, without gradient; `value` is left as it is."""
+    largest = value.detach().clone(memory_format=torch.contiguous_format)
+    if group is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
 def all_reduce_sum(value: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum of every rank's `value`; the backward pass sums the ranks' gradients of that sum."""
     total: Tensor = _AllReduceSum.apply(value, group)

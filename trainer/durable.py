@@ -3,11 +3,28 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-import safetensors.torch
 import torch
+from torch import Tensor
+
+_PIECE = 2**26  # bytes written or copied from a device at a time
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class HashingFile:
@@ -43,12 +60,73 @@ def write_file(path: Path, item: Any) -> tuple[int, str]:
         elif path.suffix == ".toml":
             hashing.write(item.encode())
         elif path.suffix == ".safetensors":
-            hashing.write(safetensors.torch.save(item))
+            _write_tensors(item, hashing)
+        elif isinstance(item, bytes):
+            hashing.write(item)
         else:
             _torch_save(item, hashing)
         file.flush()
         os.fsync(file.fileno())
     return hashing.record()
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], hashing: HashingFile) -> None:
+    """The safetensors format, a piece at a time: its own writers copy everything first."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    hashing.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        flat = tensor.detach().contiguous().flatten()
+        step = max(1, _PIECE // max(1, flat.element_size()))
+        for piece in flat.split(step) if len(flat) else ():
+            hashing.write(memoryview(piece.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose rows are read without mapping or loading the whole."""
+
+    path: Path
+    start: int  # of the data in the file
+    header: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "TensorFile":
+        """Read the header alone."""
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return cls(path, 8 + size, json.loads(file.read(size)))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor's first dimension, in memory of their own."""
+        entry = self.header[name]
+        shape = [stop - start, *entry["shape"][1:]]
+        out = torch.empty(shape, dtype=_DTYPES[entry["dtype"]])
+        if out.numel():
+            width = out.nbytes // len(out)
+            with self.path.open("rb") as file:
+                file.seek(self.start + entry["data_offsets"][0] + start * width)
+                file.readinto(memoryview(out.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        return out
+
+    def whole(self) -> dict[str, Tensor]:
+        """Every tensor."""
+        tensors = {}
+        for name, entry in self.header.items():
+            if name != "__metadata__":
+                shape = entry["shape"]
+                length = shape[0] if shape else 1
+                tensors[name] = self.rows(name, 0, length).reshape(shape)
+        return tensors
 
 
 def _torch_save(item: Any, hashing: HashingFile) -> None:

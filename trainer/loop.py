@@ -23,9 +23,8 @@ from trainer.config import Config, dump_config
 from trainer.duration import Duration
 from trainer.ema import WeightAverage
 from trainer.engine import Engine
-from trainer.evaluate.cosines import cosine_histograms
 from trainer.metrics import MetricsWriter, StepClock, peak_memory_bytes
-from trainer.models import TwoTower
+from trainer.objectives import Model, Objective
 from trainer.ranks import Ranks
 from trainer.run import write_samples
 from trainer.schedule import learning_rate
@@ -90,8 +89,9 @@ class Loop:
     run_dir: Path
     ranks: Ranks
     plan: Plan
-    model: TwoTower
+    model: Model
     engine: Engine
+    objective: Objective
     stepper: Stepper
     average: WeightAverage | None
     checkpoints: CheckpointFolder
@@ -159,7 +159,6 @@ class Loop:
             skipped_in_row=0 if applied or rescaled else state.skipped_in_row + 1,
         )
         if applied:
-            self.engine.clamp(self.model.log_scale, *self.model.log_scale_limits)
             if self.average is not None:
                 self.average.update(state.step)
         elif rescaled:
@@ -196,16 +195,14 @@ class Loop:
             "epoch": state.samples_seen / self.epoch_samples,
             "loss": agreed.loss,
             "lr": self._learning_rate(replace(state, samples_seen=state.samples_seen - batch_size)),
-            "scale": float(output.embeddings.scale),
             "grad_norm": output.result.grad_norm,
             "samples_per_s": batch_size / seconds["step_s"],
             "peak_memory_bytes": peak_memory_bytes(self.ranks.device),
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
+            **self.objective.numbers(output.outputs),
             **seconds,
         }
-        if output.embeddings.bias is not None:
-            values["bias"] = float(output.embeddings.bias)
         self.writer.write_step(state.step, state.samples_seen, values)
         num_lines = state.step // self.plan.log_every
         if num_lines % COSINES_EVERY_LINES == 1 or state.step == self.plan.total_steps:
@@ -220,10 +217,9 @@ class Loop:
             write_samples(self.run_dir, state.step, keys)
 
     def _record_cosines(self, state: TrainState, batch: Batch, output: StepOutput) -> None:
-        images, texts = output.embeddings.images, output.embeddings.texts
-        ids = batch.ids.to(self.ranks.device)
-        counts = cosine_histograms(images, texts, ids, self.ranks.group)
-        self.writer.write_cosines(state.step, state.samples_seen, counts)
+        counts = self.objective.histograms(output.outputs, batch)
+        if counts is not None:
+            self.writer.write_cosines(state.step, state.samples_seen, counts)
 
     def _evaluate(self, state: TrainState) -> None:
         if self.validation is None:
@@ -239,7 +235,7 @@ class Loop:
 
     def _save(self, state: TrainState) -> None:
         average_buffers(self.model, self.ranks)
-        files: dict[str, Any] = self.engine.files()
+        files: dict[str, Any] = {**self.engine.files(), **self.objective.files()}
         averages = self.average.whole() if self.average is not None else None
         if self.ranks.is_first:
             if averages is not None:

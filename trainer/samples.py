@@ -11,7 +11,7 @@ from data.config import DataConfig
 from data.dataset import SampleSet
 from data.index import Index, load_index
 from trainer.config import Config, ConfigError
-from trainer.models import build_model
+from trainer.objectives import build_model
 from trainer.ranks import Ranks
 
 Progress = Callable[[int, int], None]
@@ -74,7 +74,7 @@ def check_memory(config: Config, num_ranks: int) -> None:
 
     Counts weights, gradients and Adam's moments only; activations come on top.
     """
-    model = build_model(config.model, loss_name=config.loss.name, device="meta")
+    model = build_model(config, device="meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if torch.cuda.is_available():
         return

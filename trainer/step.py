@@ -19,7 +19,7 @@ from data.loader import Batch
 from trainer.dropout import row_keys, use_row_keys
 from trainer.engine import Engine, StepResult
 from trainer.metrics import StepClock
-from trainer.objective import Objective, Pairs
+from trainer.objectives import Objective, Outputs
 
 
 class StepOutput(NamedTuple):
@@ -27,7 +27,7 @@ class StepOutput(NamedTuple):
 
     loss: Tensor  # () this rank's share, detached
     result: StepResult
-    embeddings: Pairs  # detached, this rank's rows
+    outputs: Outputs  # of the model, detached, this rank's rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Stepper:
             parts = [self._embed(chunk, step, i) for i, chunk in enumerate(chunks)]
         leaves = _leaves(parts)
         self.clock.mark("towers")
-        loss = self.objective(leaves, batch)
+        loss = self.objective.loss(leaves, batch, step)
         if loss.requires_grad:
             loss.backward()
         self.clock.mark("loss")
@@ -63,26 +63,24 @@ class Stepper:
             start = stop
         self.clock.mark("backward")
         result = self.engine.step(learning_rate)
+        self.objective.after_step(learning_rate, applied=result.applied)
         self.clock.mark("optimizer")
-        return StepOutput(loss.detach(), result, _detached(leaves))
+        return StepOutput(loss.detach(), result, tuple(leaf.detach() for leaf in leaves))
 
     def _chunks(self, batch: Batch) -> "Iterator[_Chunk]":
         keys = row_keys(self.seed, batch.positions.to(self.device))
-        pieces = [
-            tensor.tensor_split(self.num_chunks) for tensor in (batch.images, batch.texts, keys)
-        ]
-        return (_Chunk(*piece) for piece in zip(*pieces, strict=True))
+        inputs = self.objective.inputs(batch)
+        pieces = [tensor.tensor_split(self.num_chunks) for tensor in (keys, *inputs)]
+        return (_Chunk(keys, inputs) for keys, *inputs in zip(*pieces, strict=True))
 
-    def _embed(self, chunk: "_Chunk", step: int, number: int) -> Pairs:
+    def _embed(self, chunk: "_Chunk", step: int, number: int) -> Outputs:
         # Draws that are not keyed by sample (a tower of the user's own) repeat in the second pass.
         torch.manual_seed(self.seed * 1_000_003 + step * 1_009 + number)
         use_row_keys(self.engine.model, chunk.keys)
         with self._autocast():
-            embeddings = self.engine.forward_model()(
-                chunk.images.to(self.device, non_blocking=True),
-                chunk.texts.to(self.device, non_blocking=True),
-            )
-        return Pairs(*embeddings)
+            moved = (tensor.to(self.device, non_blocking=True) for tensor in chunk.inputs)
+            outputs = self.engine.forward_model()(*moved)
+        return tuple(output for output in outputs if output is not None)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.autocast_dtype is None:
@@ -91,52 +89,40 @@ class Stepper:
 
 
 class _Chunk(NamedTuple):
-    images: Tensor  # (c, 3, H, W) uint8
-    texts: Tensor  # (c, T) int64
     keys: Tensor  # (c,) int64
+    inputs: list[Tensor]  # each (c, ...)
 
     @property
     def num_rows(self) -> int:
         return len(self.keys)
 
 
-def _leaves(parts: list[Pairs]) -> Pairs:
-    """The whole batch's embeddings, cut from the towers' graph, ready to receive a gradient."""
-
-    def leaf(tensors: list[Tensor]) -> Tensor:
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        return tensor.detach().requires_grad_()
-
-    last = parts[-1]
-    return Pairs(
-        images=leaf([part.images for part in parts]),
-        texts=leaf([part.texts for part in parts]),
-        scale=leaf([last.scale]),
-        bias=None if last.bias is None else leaf([last.bias]),
-    )
+def _is_rows(output: Tensor) -> bool:
+    """Rows of the batch, (n, d); what has one dimension, (1,), belongs to all of it."""
+    return output.ndim == 2
 
 
-def _detached(embeddings: Pairs) -> Pairs:
-    bias = None if embeddings.bias is None else embeddings.bias.detach()
-    return Pairs(
-        embeddings.images.detach(), embeddings.texts.detach(), embeddings.scale.detach(), bias
-    )
+def _leaves(parts: list[Outputs]) -> Outputs:
+    """The whole batch's outputs, cut from the model's graph, ready to receive a gradient."""
+    leaves = []
+    for pieces in zip(*parts, strict=True):
+        whole = torch.cat(pieces) if _is_rows(pieces[0]) and len(pieces) > 1 else pieces[-1]
+        leaves.append(whole.detach().requires_grad_())
+    return tuple(leaves)
 
 
-def _surrogate(part: Pairs, leaves: Pairs, rows: slice, *, share: float) -> Tensor:
+def _surrogate(part: Outputs, leaves: Outputs, rows: slice, *, share: float) -> Tensor:
     """A scalar whose gradient is the loss's: sum of outputs times their known gradients.
 
     Every chunk carries an equal share of the scale's and bias's gradient: a parameter without a
     gradient in the reducing call would be left out of ZeRO's reduction.
     """
-    total = part.scale.new_zeros(())
-    for output, gradient in (
-        (part.images, leaves.images.grad),
-        (part.texts, leaves.texts.grad),
-    ):
-        if gradient is not None and output.requires_grad:
-            total = total + (output * gradient[rows]).sum()
-    for scalar, leaf in ((part.scale, leaves.scale), (part.bias, leaves.bias)):
-        if scalar is not None and leaf is not None and leaf.grad is not None:
-            total = total + (scalar * leaf.grad).sum() * share
+    total = leaves[0].new_zeros(())
+    for output, leaf in zip(part, leaves, strict=True):
+        if leaf.grad is None or not output.requires_grad:
+            continue
+        if _is_rows(output):
+            total = total + (output * leaf.grad[rows]).sum()
+        else:
+            total = total + (output * leaf.grad).sum() * share
     return total

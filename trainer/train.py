@@ -22,17 +22,13 @@ from trainer.ema import WeightAverage
 from trainer.engine import Engine
 from trainer.loop import Loop, Plan
 from trainer.metrics import MetricsWriter, StepClock
-from trainer.models import TwoTower, build_model
-from trainer.objective import build_objective
+from trainer.objectives import Model, Objective, build_model, build_objective
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.ranks import Ranks
 from trainer.run import check_config, log_to_file, open_run
 from trainer.samples import check_fit, load_samples
 from trainer.step import Stepper
 from trainer.validate import AUTOCAST, Validation
-
-# Embeddings that come from bfloat16 towers have no more digits than this to lose on their way.
-WIRE = {"bf16": torch.bfloat16}
 
 logger = logging.getLogger("nsphere.train")
 
@@ -73,7 +69,11 @@ def train(
         keep_every=plan.keep_every,
         background=config.checkpoint.background,
     )
-    model, engine, average, state = _restore(config, ranks, checkpoints.newest(), samples)
+    found = checkpoints.newest()
+    model, engine, average, state = _restore(config, ranks, found, samples)
+    objective = build_objective(config, model, engine, samples, ranks, resumed=found is not None)
+    if found is not None:
+        objective.load(found)
     clock = StepClock(ranks.device)
     loader = _build_loader(config, model, samples, ranks)
     writer = MetricsWriter(run, config, ranks, total_steps=plan.total_steps, start_step=state.step)
@@ -84,7 +84,8 @@ def train(
         plan=plan,
         model=model,
         engine=engine,
-        stepper=_build_stepper(config, engine, ranks, clock),
+        objective=objective,
+        stepper=_build_stepper(config, engine, objective, ranks, clock),
         average=average,
         checkpoints=checkpoints,
         writer=writer,
@@ -103,7 +104,7 @@ def train(
 
 def _restore(
     config: Config, ranks: Ranks, found: Path | None, samples: SampleSet
-) -> tuple[TwoTower, Engine, WeightAverage | None, TrainState]:
+) -> tuple[Model, Engine, WeightAverage | None, TrainState]:
     """Towers, engine and state, at the start or as checkpoint `found` has them."""
     state = TrainState(
         fingerprint=samples.fingerprint, world_size=ranks.world_size, zero_stage=config.zero.stage
@@ -111,13 +112,7 @@ def _restore(
     if found is not None:
         state = load_state(found)
         _check_same_data(state, samples, found)
-    model = build_model(
-        config.model,
-        loss_name=config.loss.name,
-        seed=config.train.seed,
-        device=ranks.device,
-        load_weights=found is None,
-    )
+    model = build_model(config, device=ranks.device, load_weights=found is None)
     make_dropout_keyed(model)
     optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, ranks.device)
     converted = state.zero_stage > 0 and state.world_size != ranks.world_size
@@ -140,7 +135,7 @@ def _check_same_data(state: TrainState, samples: SampleSet, found: Path) -> None
         )
 
 
-def _build_loader(config: Config, model: TwoTower, samples: SampleSet, ranks: Ranks) -> TrainLoader:
+def _build_loader(config: Config, model: Model, samples: SampleSet, ranks: Ranks) -> TrainLoader:
     return TrainLoader(
         samples,
         config.data,
@@ -156,13 +151,15 @@ def _build_loader(config: Config, model: TwoTower, samples: SampleSet, ranks: Ra
     )
 
 
-def _build_stepper(config: Config, engine: Engine, ranks: Ranks, clock: StepClock) -> Stepper:
+def _build_stepper(
+    config: Config, engine: Engine, objective: Objective, ranks: Ranks, clock: StepClock
+) -> Stepper:
     rows = -(-config.train.global_batch_size // ranks.world_size)  # of the rank that has most
     chunk_size = config.train.chunk_size or rows
     fewest = config.train.global_batch_size // ranks.world_size
     return Stepper(
         engine=engine,
-        objective=build_objective(config.loss, ranks.group, WIRE.get(config.train.precision)),
+        objective=objective,
         seed=config.train.seed,
         num_chunks=min(-(-rows // chunk_size), fewest),
         device=ranks.device,
@@ -171,7 +168,7 @@ def _build_stepper(config: Config, engine: Engine, ranks: Ranks, clock: StepCloc
     )
 
 
-def _build_validation(config: Config, model: TwoTower, ranks: Ranks) -> Validation | None:
+def _build_validation(config: Config, model: Model, ranks: Ranks) -> Validation | None:
     if not config.data.val_shards:
         return None
     return Validation.build(config, model, ranks, config.data.val_shards)

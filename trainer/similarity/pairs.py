@@ -126,6 +126,11 @@ class Pairs:
         everyone = gather_rows(norms.unsqueeze(0), [1] * self.world_size, self._group)
         return abs(self._factor) * float(everyone.amax(0).prod())
 
+    def visitors(self) -> Tensor:  # (N, d)
+        """All visiting rows in the dtype of computation; they must be gathered, not in a ring."""
+        (visit,) = self._visiting.visits()
+        return visit.rows
+
     def _elements_kept(self) -> int:
         rows = (self.num_rows + self.num_columns) * self.rows.shape[1]
         return min(max(int(_KEPT_OF_ROWS * rows), _KEPT_ELEMENTS), self.num_rows * self.num_columns)
@@ -194,7 +199,7 @@ class Pairs:
     def row_gradients(
         self,
         weights_of: Callable[[Tile], Tensor],  # (m, k) dL/dvalue; may reuse the tile's memory
-    ) -> Iterator[tuple[slice, Tensor]]:  # positions, (m, d)
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:  # positions, (m, d) rows, (m, d) gradients
         """As the rows' side of `gradients`, a block of rows at a time; overwritten by the next.
 
         So rows can be updated where they lie, without memory for all their gradients. Visitors
@@ -207,7 +212,7 @@ class Pairs:
                 sums.zero_()
             sums.addmm_(weights_of(tile), tile.column_block)
             if tile.columns.stop == self.num_columns:
-                yield tile.rows, sums
+                yield tile.rows, tile.row_block, sums
 
     def _tiles_of(self, visit: Visit) -> Iterator[Tile]:
         for first in range(0, self.num_rows, self._tile):

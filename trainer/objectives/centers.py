@@ -1,0 +1,63 @@
+"""One backbone against class centers: faces, and any set with very many classes."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from trainer.centers import ClassCenters
+from trainer.centers.files import load_state, state_files
+from trainer.collectives import sum_over_ranks
+from trainer.objectives.objective import Outputs
+from trainer.ranks import Ranks
+
+
+class CenterObjective:
+    """The centers are outside the engine: their gradient is never averaged over ranks."""
+
+    def __init__(self, centers: ClassCenters, names: Sequence[str] | None, ranks: Ranks) -> None:
+        self.centers, self._names, self._ranks = centers, names, ranks
+        self._squared_norm = 0.0
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (batch.images,)
+
+    def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
+        (rows,) = outputs
+        return self.centers(rows, batch.labels, batch.ids, step)
+
+    def after_step(self, learning_rate: float, *, applied: bool) -> None:
+        """The centers move with the backbone or not at all."""
+        if applied:
+            self._squared_norm = self.centers.step(learning_rate)
+        else:
+            self.centers.discard()
+
+    def numbers(self, outputs: Outputs) -> dict[str, float]:
+        (rows,) = outputs
+        norms = torch.linalg.vector_norm(rows.double(), dim=1)
+        sums = torch.tensor(
+            [self._squared_norm, float(norms.sum()), len(norms)], dtype=torch.float64
+        )
+        squared, norm, count = sum_over_ranks(
+            sums.to(self._ranks.device), self._ranks.group
+        ).tolist()
+        return {
+            "centers_grad_norm": math.sqrt(squared),
+            "embedding_norm": norm / count,
+            **self.centers.numbers(),
+        }
+
+    def histograms(self, outputs: Outputs, batch: Batch) -> dict[str, list[int]] | None:  # noqa: ARG002
+        """None: a sample's hardest center is not kept."""
+        return None
+
+    def files(self) -> dict[str, Any]:
+        return state_files(self.centers, self._names)
+
+    def load(self, checkpoint: Path) -> None:
+        load_state(self.centers, checkpoint)
