@@ -49,6 +49,8 @@ class ModelConfig(Section):
     """Face backbones: the last layer and its norm in float32 under autocast."""
     freeze_last_bn_scale: bool = True
     """Face backbones: the last batch norm's scale stays 1, as published."""
+    bn_neck: bool = True
+    """Face backbones of timm: a batch norm after the last layer, as the others have it."""
     init: Literal["open_clip", "big_vision", "positional"] = "open_clip"
     """Initialisation of the towers; positional: open_clip's, but each head of a ResNet's attention
     pooling starts at one position, which keeps the layout of aligned images."""
@@ -71,7 +73,7 @@ class ModelConfig(Section):
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of image patches dropped in training (ViT only)."""
     compile: bool = False
-    """torch.compile both towers."""
+    """torch.compile both towers, or the face backbone."""
 
 
 class LossConfig(Section):
@@ -202,10 +204,13 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-6, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd only."""
+    nesterov: bool = False
+    """sgd only."""
     weight_decay: float = Field(default=0.2, ge=0)
-    """Decoupled decay of matrices; never on gains, biases, scale and bias."""
-    decay_set: Literal["open_clip", "big_vision", "ndim"] = "open_clip"
-    """What decays: by open_clip's published rule, big_vision's kernels only, or ndim >= 2."""
+    """Decay of what `decay_set` names, never of scale and bias: decoupled, but for sgd coupled."""
+    decay_set: Literal["open_clip", "big_vision", "ndim", "all"] = "open_clip"
+    """What decays: by open_clip's published rule, big_vision's kernels only, ndim >= 2, or all
+    parameters of the towers (insightface), gains and biases included."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate factor per layer, counted from the output; 1: none."""
     clip_norm: float = Field(default=0.0, ge=0)
@@ -341,7 +346,7 @@ class Config(Section):
             problems.append('loss.label_smoothing needs loss.name = "clip"')
         if self.train.precision == "fp16" and self.zero.stage == 0:
             problems.append("train.precision = 'fp16' needs zero.stage >= 1")
-        if self.optim.name != "adamw" and self.zero.stage != 0:
+        if self.optim.name in ("lamb", "muon") and self.zero.stage != 0:
             problems.append(
                 f'optim.name = "{self.optim.name}" works on whole matrices, which ZeRO cuts up:'
                 " set zero.stage = 0"

@@ -1,10 +1,20 @@
-"""Towers: `architecture.py` finds a model, `build.py` builds it, `towers.py` is what trains.
+"""What is trained: two towers of open_clip (`towers.py`), or one face backbone (`faces.py`).
 
-`layers.py` says how deep a parameter sits, `initialise.py` is big_vision's start. Loss and
-optimizer live elsewhere; a new architecture is a JSON file, not code.
+Towers: `architecture.py` finds a model, `build.py` builds it, `initialise.py` is big_vision's
+start; a new one is a JSON file. Faces: `backbones/` holds them by name, `weights.py` reads
+published files. `layers.py` says how deep a parameter sits, for both. Loss and optimizer live
+elsewhere.
 """
 
 from trainer.models.build import build_model
+from trainer.models.faces import FaceEmbeddings, FaceModel, build_face_model
 from trainer.models.towers import Embeddings, TwoTower
 
-__all__ = ["Embeddings", "TwoTower", "build_model"]
+__all__ = [
+    "Embeddings",
+    "FaceEmbeddings",
+    "FaceModel",
+    "TwoTower",
+    "build_face_model",
+    "build_model",
+]

@@ -1,0 +1,66 @@
+"""Face backbones by name; a new one is a module here and a line in `BACKBONES`.
+
+Each has `forward_features` and `forward_head` (what runs in float32 at the end), a method
+`set_grad_checkpointing`, and `depth_of`, which groups parameters for layer-wise learning rates.
+"""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+import timm
+from torch import nn
+
+from trainer.config import ConfigError, ModelConfig
+from trainer.models.backbones.from_timm import PREFIX, TimmBackbone
+from trainer.models.backbones.iresnet import IResNet
+from trainer.models.backbones.mobilefacenet import MobileFaceNet
+
+IMAGE_SIZE = 112  # of aligned faces, everywhere
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "iresnet18": partial(IResNet, (2, 2, 2, 2)),
+    "iresnet34": partial(IResNet, (3, 4, 6, 3)),
+    "iresnet50": partial(IResNet, (3, 4, 14, 3)),
+    "iresnet100": partial(IResNet, (3, 13, 30, 3)),
+    "iresnet200": partial(IResNet, (6, 26, 60, 6)),
+    "mobilefacenet": MobileFaceNet,
+    "mobilefacenet_large": partial(MobileFaceNet, (2, 8, 12, 4), widening=4),
+}
+
+
+def build_backbone(config: ModelConfig) -> tuple[nn.Module, tuple[int, int]]:
+    """The backbone of `config.name` with fresh weights, and the (H, W) of the images it takes.
+
+    Raises ConfigError for an unknown name, with the nearest, and for a size or option that the
+    backbone cannot have.
+    """
+    if config.name.startswith(PREFIX):
+        _check_name(config.name, [PREFIX + name for name in timm.list_models()])
+        backbone = TimmBackbone(config)
+        size = config.image_size
+        return backbone, (size, size) if size else backbone.image_size
+    _check_name(config.name, list(BACKBONES))
+    size = config.image_size or IMAGE_SIZE
+    if size % 16:
+        raise ConfigError(
+            f"model.image_size = {size}: {config.name} halves the image four times; take a multiple"
+            f" of 16, e.g. {max(16, round(size / 16) * 16)}"
+        )
+    for option in ("drop_path", "patch_dropout"):
+        if getattr(config, option):
+            raise ConfigError(f"model.{option} is for timm's models; {config.name} has none")
+    return BACKBONES[config.name](
+        embedding_dim=config.embedding_dim,
+        image_size=size,
+        dropout=config.dropout,
+        freeze_last_bn_scale=config.freeze_last_bn_scale,
+    ), (size, size)
+
+
+def _check_name(name: str, known: list[str]) -> None:
+    if name in known or (name.startswith(PREFIX) and name.partition(".")[0] in known):
+        return  # timm's names may end in a tag of published weights
+    everything = [*BACKBONES, *(PREFIX + model for model in timm.list_models())]
+    near = difflib.get_close_matches(name, everything, 3, 0.0)
+    raise ConfigError(f"model.name = {name!r} is no face backbone; nearest: {', '.join(near)}")
