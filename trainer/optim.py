@@ -12,7 +12,8 @@ from timm.optim.lamb import Lamb
 from timm.optim.muon import Muon
 from torch import nn
 
-from trainer.config import OptimConfig
+from trainer.config import ConfigError, OptimConfig
+from trainer.models.faces import FaceModel
 from trainer.models.layers import Layer, parameter_layers
 from trainer.models.towers import TwoTower
 
@@ -20,7 +21,7 @@ OPEN_CLIP_NOT_DECAYED = ("bn", "ln", "bias", "logit_scale")  # its train.py, any
 KERNEL_LEAVES = ("in_proj_weight", "proj", "text_projection")  # matrices outside a layer module
 
 
-def parameter_groups(model: TwoTower, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: TwoTower | FaceModel, config: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters, grouped by weight decay and learning rate.
 
     A group holds `params`, `names` (of the model, in the same order), `weight_decay`, `lr_scale`
@@ -28,8 +29,9 @@ def parameter_groups(model: TwoTower, config: OptimConfig) -> list[dict[str, Any
     leaves to AdamW: all but kernels). Scale and bias are never decayed.
     """
     decayed = decayed_names(model, config.decay_set)
-    layers = parameter_layers(model)
-    kernels = {f"clip.{name}" for name in _kernel_names(model.clip)}
+    layers = _layers(model, config)
+    prefix, network = _network(model)
+    kernels = {prefix + name for name in _kernel_names(network)}
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -53,25 +55,40 @@ def parameter_groups(model: TwoTower, config: OptimConfig) -> list[dict[str, Any
     return list(groups.values())
 
 
-def decayed_names(model: TwoTower, decay_set: str) -> set[str]:
-    """Names of the parameters that weight decay pulls on, by one of three published rules.
+def _layers(model: TwoTower | FaceModel, config: OptimConfig) -> dict[str, Layer]:
+    """Where parameters sit; not asked of a backbone whose layers all learn alike."""
+    if isinstance(model, FaceModel) and config.layer_decay == 1:
+        return {name: Layer("image", 0, 0) for name, _ in model.named_parameters()}
+    return parameter_layers(model)
+
+
+def _network(model: TwoTower | FaceModel) -> tuple[str, nn.Module]:
+    """What is decayed, without scale and bias: the prefix of its names, and the module."""
+    return ("backbone.", model.backbone) if isinstance(model, FaceModel) else ("clip.", model.clip)
+
+
+def decayed_names(model: TwoTower | FaceModel, decay_set: str) -> set[str]:
+    """Names of the parameters that weight decay pulls on, by one of four published rules.
 
     - open_clip: two dimensions or more, and none of bn, ln, bias, logit_scale in the name: the
       rule behind its published weights (its later versions also spare positions);
     - big_vision: kernels only, so neither embeddings of tokens nor of positions;
-    - ndim: two dimensions or more.
+    - ndim: two dimensions or more;
+    - all: every parameter, as insightface's face models are trained.
     """
-    names = {name for name, p in model.clip.named_parameters() if p.ndim >= 2}
+    prefix, network = _network(model)
+    least = 0 if decay_set == "all" else 2
+    names = {name for name, p in network.named_parameters() if p.ndim >= least}
     if decay_set == "open_clip":
         names = {n for n in names if not any(part in n for part in OPEN_CLIP_NOT_DECAYED)}
     elif decay_set == "big_vision":
-        names &= _kernel_names(model.clip)
-    return {f"clip.{name}" for name in names}
+        names &= _kernel_names(network)
+    return {prefix + name for name in names}
 
 
-def _kernel_names(clip: nn.Module) -> set[str]:
+def _kernel_names(network: nn.Module) -> set[str]:
     names = set()
-    for prefix, module in clip.named_modules():
+    for prefix, module in network.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
             layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
             if (layer and leaf == "weight") or leaf in KERNEL_LEAVES:
@@ -89,7 +106,7 @@ def _lr_scale(layer: Layer | None, config: OptimConfig) -> float:
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW (fused on a GPU) from torch, LAMB or Muon from timm, over `parameter_groups`.
+    """AdamW and SGD from torch, LAMB and Muon from timm, over `parameter_groups`.
 
     LAMB's trust ratio and Muon's orthogonal step are per matrix, which ZeRO's flat parts no longer
     are: with those two, `zero.stage` must be 0. Muon takes AdamW for what is no matrix.
@@ -100,8 +117,23 @@ def build_optimizer(
 def _adamw(
     groups: list[dict[str, Any]], config: OptimConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    fused = True if device.type in ("cuda", "cpu") else None  # five times faster on a CPU too
+    fused = _can_fuse(device)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def _sgd(
+    groups: list[dict[str, Any]], config: OptimConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """Decay is part of the gradient (coupled), so momentum remembers it."""
+    if config.nesterov and not config.momentum:
+        raise ConfigError("optim.nesterov looks ahead along the momentum: set optim.momentum > 0")
+    return torch.optim.SGD(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=_can_fuse(device),
+    )
 
 
 def _lamb(
@@ -117,8 +149,13 @@ def _muon(
     return Muon(groups, lr=config.lr, betas=config.betas, nesterov=True)
 
 
+def _can_fuse(device: torch.device) -> bool | None:
+    return True if device.type in ("cuda", "cpu") else None  # five times faster on a CPU too
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
+    "sgd": _sgd,
     "lamb": _lamb,
     "muon": _muon,
 }

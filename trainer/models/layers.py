@@ -3,7 +3,7 @@
 Group 0 is the stem (patches, tokens, positions), each block is a group, norms and pooling that
 follow belong to the last block, and a projection is a group of its own. For open_clip's own
 towers this is the grouping of `lock_image_tower` and `lock_text_tower`; for timm's it is the
-trunk's `group_matcher`.
+trunk's `group_matcher`; a face backbone groups its own (`parameter_depths`).
 """
 
 import re
@@ -14,6 +14,7 @@ from open_clip.timm_model import TimmModel
 from timm.models import group_parameters
 from torch import nn
 
+from trainer.models.faces import FaceModel
 from trainer.models.towers import TwoTower
 
 _BLOCK = re.compile(r"(?:resblocks|layers?|blocks?)\.(\d+)\.")
@@ -34,8 +35,12 @@ class Layer:
     above: int
 
 
-def parameter_layers(model: TwoTower) -> dict[str, Layer]:
+def parameter_layers(model: TwoTower | FaceModel) -> dict[str, Layer]:
     """Layer of every tower parameter by its name in `model`; scale and bias have none."""
+    if isinstance(model, FaceModel):
+        depths: dict[str, int] = model.backbone.parameter_depths()
+        last = max(depths.values())
+        return {f"backbone.{name}": Layer("image", at, last - at) for name, at in depths.items()}
     image, text = {}, {}
     for name, _ in model.clip.named_parameters():
         if name.startswith("visual."):

@@ -1,7 +1,7 @@
 """Face backbones by name; a new one is a module here and a line in `BACKBONES`.
 
 Each has `forward_features` and `forward_head` (what runs in float32 at the end), a method
-`set_grad_checkpointing`, and `depth_of`, which groups parameters for layer-wise learning rates.
+`set_grad_checkpointing`, and `parameter_depths` for learning rates that fall towards the stem.
 """
 
 import difflib

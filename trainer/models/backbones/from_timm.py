@@ -75,16 +75,22 @@ class TimmBackbone(nn.Module):
             ) from None
         keep_statistics_unless(self.trunk, lambda: self._in_forward)
 
-    def depth_of(self, name: str) -> int:
-        """Group of a parameter by timm's own grouping; the classifier and its norm come last."""
-        depths = self._depths()
-        return depths.get(name.removeprefix("trunk."), max(depths.values()) + 1)
-
-    def _depths(self) -> dict[str, int]:
-        groups = group_parameters(self.trunk, self.trunk.group_matcher(), reverse=True)
+    def parameter_depths(self) -> dict[str, int]:
+        """Group of each parameter by timm's own grouping; the classifier and its norm come last."""
+        if not hasattr(self.trunk, "group_matcher"):
+            name = type(self.trunk).__name__
+            raise ConfigError(f"optim.layer_decay: timm cannot say how deep {name}'s layers are")
+        grouped: dict[str, int] = group_parameters(
+            self.trunk, self.trunk.group_matcher(), reverse=True
+        )
         head = {id(parameter) for parameter in self.trunk.get_classifier().parameters()}
-        own = {name for name, parameter in self.trunk.named_parameters() if id(parameter) in head}
-        return {name: depth for name, depth in groups.items() if name not in own}
+        depths = {
+            f"trunk.{name}": grouped[name]
+            for name, parameter in self.trunk.named_parameters()
+            if id(parameter) not in head
+        }
+        last = max(depths.values()) + 1
+        return {name: depths.get(name, last) for name, _ in self.named_parameters()}
 
 
 def _create(name: str, config: ModelConfig) -> Any:

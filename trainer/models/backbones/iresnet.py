@@ -62,11 +62,15 @@ class IResNet(nn.Module):
         """Keep only the input of each block for the backward pass."""
         self.grad_checkpointing = True
 
-    def depth_of(self, name: str) -> int:
-        """Group of a parameter: stem 0, stages 1 to 4, the last layer 5."""
-        if name.startswith("layer"):
-            return int(name[len("layer")])
-        return 0 if name.startswith(("conv1.", "bn1.", "prelu.")) else 5
+    def parameter_depths(self) -> dict[str, int]:
+        """Group of each parameter: stem 0, stages 1 to 4, the last layer 5."""
+
+        def depth(name: str) -> int:
+            if name.startswith("layer"):
+                return int(name[len("layer")])
+            return 0 if name.startswith(("conv1.", "bn1.", "prelu.")) else 5
+
+        return {name: depth(name) for name, _ in self.named_parameters()}
 
     def _recomputes(self) -> bool:
         return self.grad_checkpointing and self.training and torch.is_grad_enabled()

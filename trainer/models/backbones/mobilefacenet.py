@@ -72,11 +72,11 @@ class MobileFaceNet(nn.Module):
         """Keep only the input of each block for the backward pass."""
         self.grad_checkpointing = True
 
-    def depth_of(self, name: str) -> int:
-        """Group of a parameter: the eight entries of `layers`, the 1 x 1 convolution, the head."""
-        if name.startswith("layers."):
-            return int(name.split(".")[1])
-        return len(self.layers) + (0 if name.startswith("conv_sep.") else 1)
+    def parameter_depths(self) -> dict[str, int]:
+        """Group of each parameter: the eight of `layers`, the 1 x 1 convolution, the head."""
+        parts: list[nn.Module] = [*self.layers, self.conv_sep, self.features]
+        depths = {id(p): depth for depth, part in enumerate(parts) for p in part.parameters()}
+        return {name: depths[id(p)] for name, p in self.named_parameters()}
 
     def _recomputes(self) -> bool:
         return self.grad_checkpointing and self.training and torch.is_grad_enabled()
