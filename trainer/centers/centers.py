@@ -58,7 +58,7 @@ class ClassCenters:
         self.num_classes, self.dim, self.seed, self.group = num_classes, dim, seed, group
         self.device, self.dtype, self.wire = torch.device(device), dtype, wire or dtype
         self.part = Part.of_rank(num_classes, own_rank(group), count_ranks(group))
-        self.margin: Margin = build_margin(self.loss)
+        self.margin: Margin = build_margin(self.loss, seed=seed)
         self.subcenters = self.config.subcenters
         self.steps = 0
         self.optimizer = SparseOptimizer(
@@ -189,13 +189,14 @@ class ClassCenters:
         if self.config.sample_rate == 1:
             return Chosen(self._read(None, count), np.where(here, labels - start, -1), None)
         positives = np.unique(labels)
+        hard = None if self.neighbours is None else self.neighbours.of(positives, self.group)
         sample = sample_classes(
             self.part,
             positives,
             self.config.sample_rate,
             seed=self.seed,
             step=step,
-            hard=self.neighbours and self.neighbours.of(positives, self.group),
+            hard=hard,
             hard_share=self.config.hard_share,
         )
         places = np.where(here, np.searchsorted(sample.classes, labels - start), -1)

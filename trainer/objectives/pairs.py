@@ -41,7 +41,7 @@ class PairObjective:
                 images,
                 texts,
                 scale,
-                *bias,
+                bias[0],
                 self._ranks.group,
                 ids=ids,
                 caption_ids=caption_ids,
