@@ -437,6 +437,19 @@ def test_adaface_follows_the_global_batch():
     assert margin.state()["norm_mean"] < moved["norm_mean"]
 
 
+def test_adaface_has_no_slope_beyond_its_published_bounds():
+    margin = build("adaface", adaface_h=1.0)
+    margin.load({"norm_mean": 20.0, "norm_std": 10.0})
+    # Cosines beyond 1 - 1e-3, then angles that the margin of a long embedding takes below 1e-3.
+    cosines = torch.tensor([0.9995, -0.9995, 0.998, 0.95, 0.9, 0.95]).double()
+    norms = torch.tensor([10.0, 10.0, 10.0, 30.0, 30.0, 10.0]).double()
+    slopes = margin.prepare(targets_of(cosines, norms), training=False).slopes
+    assert (slopes == 0).tolist() == [True, True, False, True, False, False]
+    free = build("adaface", adaface_h=1.0, beyond_pi="none")
+    free.load(margin.state())
+    assert (free.prepare(targets_of(cosines, norms), training=False).slopes != 0).all()
+
+
 @pytest.mark.parametrize("name", sorted(CARRIED))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_statistics_stay_when_a_batch_is_not_finite_or_empty(name, bad):

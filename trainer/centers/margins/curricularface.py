@@ -40,8 +40,8 @@ class _HardNegatives:
     limits: Tensor  # (N,) cosines above which a negative is hard
 
     def __call__(self, cosines: Tensor, columns: slice) -> Tensor:
-        easy = cosines <= self.limits[columns].to(cosines.dtype)
-        factors = cosines + self.t
-        slopes = (factors + cosines).masked_fill_(easy, 1.0)
-        cosines.mul_(factors.masked_fill_(easy, 1.0))
+        hard = (cosines > self.limits[columns].to(cosines.dtype)).to(cosines.dtype)
+        excess = (cosines + (self.t - 1)).mul_(hard)  # of the factor over 1; 0 for easy ones
+        slopes = hard.mul_(cosines).add_(excess).add_(1)
+        cosines.addcmul_(cosines, excess)
         return slopes

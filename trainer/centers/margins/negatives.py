@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -32,7 +31,7 @@ class Negatives:
         self._scale, self._rule = scale, rule
         self._filter, self._threshold = filter, threshold
         # What is left out adds nothing to a normaliser, which is -inf, or to a sum, which is 0.
-        self._left_out = -torch.inf if filter == "drop" and normalised else 0.0
+        self._minus_infinity = filter == "drop" and normalised
 
     def __call__(
         self,
@@ -44,12 +43,16 @@ class Negatives:
         Entries of targets become something, which the caller overwrites. A slope does not matter
         where the logit is -inf, so "drop" alone still returns None.
         """
-        excluded = None if self._filter == "none" else cosines > self._threshold
+        # Arithmetic with 0 and 1: masked_fill is several times slower on a CPU.
+        kept = None if self._filter == "none" else (cosines <= self._threshold).to(cosines.dtype)
         slopes = None if self._rule is None else self._rule(cosines, columns).mul_(self._scale)
         cosines.mul_(self._scale)
-        if excluded is None:
+        if kept is None:
             return slopes
-        cosines.masked_fill_(excluded, self._left_out)
-        if slopes is None and self._left_out == 0.0:
-            slopes = torch.full_like(cosines, self._scale)
-        return slopes if slopes is None else slopes.masked_fill_(excluded, 0.0)
+        if slopes is not None:
+            slopes.mul_(kept)
+        if self._minus_infinity:
+            cosines.add_(1 - kept.reciprocal_())
+            return slopes
+        cosines.mul_(kept)
+        return kept.mul_(self._scale) if slopes is None else slopes
