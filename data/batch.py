@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from data.augment import ImageTransform, KeyedRng
 from data.config import DataConfig
-from data.dataset import Int64s, Rows, SampleSet, sample_name
+from data.dataset import Int64s, Rows, SampleSet
 from data.decode import BadSample, decode_image
 from data.errors import DataError
 from data.index import Entry, Index, Part
@@ -155,7 +155,7 @@ class SampleReader:
         for endings in self._wanted:
             part = entry.part(endings)
             if part is None:
-                raise DataError(f"{sample_name(entry)} has no member with the ending {endings}")
+                raise DataError(f"{entry.name} has no member with the ending {endings}")
             yield part
 
 
@@ -186,7 +186,8 @@ class TrainRows:
             except BadSample as error:
                 bad.append(Bad(entry.shard, entry.key, str(error)))
                 num_bad += 1
-                ids[row], entries[row], caption = self._substitute(slots[row], rows, row, bad)
+                found = self._substitute(slots[row], rows, row, entry.label, bad)
+                ids[row], entries[row], caption = found
             captions.append(caption)
         return Batch(
             images=images,
@@ -195,7 +196,7 @@ class TrainRows:
             caption_ids=torch.tensor([caption_hash(text) for text in captions], dtype=torch.int64),
             labels=torch.tensor([entry.label for entry in entries], dtype=torch.int64),
             positions=torch.from_numpy(positions),
-            keys=[sample_name(entry) for entry in entries],
+            keys=[entry.name for entry in entries],
             num_bad=num_bad,
             bad=tuple(bad),
         )
@@ -213,17 +214,17 @@ class TrainRows:
         return caption
 
     def _substitute(
-        self, image: Tensor, rows: Rows, row: int, bad: list[Bad]
+        self, image: Tensor, rows: Rows, row: int, label: int, bad: list[Bad]
     ) -> tuple[int, Entry, str]:
         """A good sample drawn by position, so that every world size draws the same one."""
         source, epoch = int(rows.sources[row]), int(rows.epochs[row])
         position = int(rows.positions[row])
-        first, size = int(self.samples.offsets[source]), self.samples.orders[source].num_samples
         batch = self.samples.batch(position // self.global_batch_size, self.global_batch_size)
         taken = set(batch.ids.tolist())
         for attempt in range(MAX_SUBSTITUTES):
             key = derive_key(self.seed, _SUBSTITUTE, position, attempt)[0]
-            sample = first + int(key % np.uint64(size))
+            by_label = label if attempt < MAX_SUBSTITUTES // 4 else -1
+            sample = self.samples.substitute(source, key, by_label)
             if sample in taken and attempt < MAX_SUBSTITUTES // 2:
                 continue  # a sample twice in a batch is worth avoiding while there is a choice
             (entry,) = self.samples.entries(np.array([sample], np.int64))
@@ -268,6 +269,6 @@ class EvalRows:
             texts=self.reader.tokens(captions),
             text_owner=torch.tensor(owners, dtype=torch.int64),
             captions=captions,
-            keys=[sample_name(entries[row]) for row in good],
+            keys=[entries[row].name for row in good],
             bad=tuple(bad),
         )

@@ -1,8 +1,11 @@
 """The `[data]` section as frozen typed models; the whole configuration is `trainer/config.py`."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Remainder = Literal["drop", "share"]
 
 
 class Section(BaseModel):
@@ -68,6 +71,15 @@ class DataConfig(Section):
     """Equal parts of the chunk sequence that feed a global batch in turn."""
     window: int = Field(default=64, ge=1)
     """Chunks of a lane whose samples are permuted together."""
+    batching: Literal["plain", "identities"] = "plain"
+    """plain: samples in a shuffled order; identities: each global batch is
+    global_batch_size / images_per_identity identities with `images_per_identity` images each."""
+    images_per_identity: int = Field(default=4, ge=1)
+    """Images of an identity in a global batch, with batching = "identities"."""
+    remainder: Remainder = "drop"
+    """Images beyond an identity's last group of `images_per_identity`, and identities with fewer.
+    drop: they rest, other images each epoch; small identities never come. share: they fill groups
+    together, several identities in one."""
     cache_dir: Path | None = None
     """Node cache for remote shards; none: pieces are not kept."""
     cache_bytes: int = Field(default=100 * 2**30, ge=0)

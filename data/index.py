@@ -51,6 +51,11 @@ class Entry(NamedTuple):
     caption: int
     """`caption_hash` of the first caption, 0 when unknown."""
 
+    @property
+    def name(self) -> str:
+        """ "<shard name>:<key>", for people."""
+        return f"{self.shard.rpartition('/')[2]}:{self.key}"
+
     def part(self, endings: str) -> Part | None:
         """The first of `endings` ("jpg;jpeg;png") that the sample has."""
         place = find_ending([part.ending for part in self.parts], endings)

@@ -48,9 +48,17 @@ class Mix:
 
     def taken(self, source: int, position: int) -> int:
         """Samples of `source` among the first `position` global ones."""
-        cycles, place = divmod(position, CYCLE)
-        before = int(np.searchsorted(self._places[source], place))
-        return cycles * int(self._shares[source]) + before
+        return int(self.taken_before(source, np.array([position]))[0])
+
+    def taken_before(
+        self,
+        source: int,
+        positions: Int64s,  # (n,) global
+    ) -> Int64s:  # (n,)
+        """The same for each of many positions."""
+        cycles, places = np.divmod(positions, CYCLE)
+        before = np.searchsorted(self._places[source], places)
+        return cycles * self._shares[source] + before
 
     def largest_quota(self, source: int, global_batch_size: int) -> int:
         """The most samples of `source` that any global batch of this size takes."""

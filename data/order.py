@@ -54,14 +54,32 @@ def permute(
 
     Black and Rogaway 2002, "Ciphers with arbitrary finite domains", sections 4 and 5.
     """
+    return _walk(_feistel, values, sizes, keys)
+
+
+def unpermute(
+    values: Int64s,  # (n,) each in [0, sizes)
+    sizes: Int64s,  # (n,) or (1,)
+    keys: Words,  # (n,) or (1,)
+) -> Int64s:  # (n,) each in [0, sizes)
+    """The inverse of `permute`."""
+    return _walk(_unfeistel, values, sizes, keys)
+
+
+def _walk(
+    network: Callable[[Words, Words, Words, Words], Words],
+    values: Int64s,
+    sizes: Int64s,
+    keys: Words,
+) -> Int64s:
     limits = np.broadcast_to(sizes.astype(np.uint64), values.shape)
     keys = np.broadcast_to(keys, values.shape)
     num_rows = np.ceil(np.sqrt(limits)).astype(np.uint64)
     num_columns = (limits + num_rows - np.uint64(1)) // num_rows
-    result = _feistel(values.astype(np.uint64), num_rows, num_columns, keys)
+    result = network(values.astype(np.uint64), num_rows, num_columns, keys)
     outside = np.flatnonzero(result >= limits)
     while len(outside):
-        walked = _feistel(result[outside], num_rows[outside], num_columns[outside], keys[outside])
+        walked = network(result[outside], num_rows[outside], num_columns[outside], keys[outside])
         result[outside] = walked
         outside = outside[walked >= limits[outside]]
     return result.astype(np.int64)
@@ -72,6 +90,14 @@ def _feistel(values: Words, num_rows: Words, num_columns: Words, keys: Words) ->
     for number in range(0, _ROUNDS, 2):
         row = (row + _noise(column, keys, number)) % num_rows
         column = (column + _noise(row, keys, number + 1)) % num_columns
+    return row * num_columns + column
+
+
+def _unfeistel(values: Words, num_rows: Words, num_columns: Words, keys: Words) -> Words:
+    row, column = np.divmod(values, num_columns)
+    for number in reversed(range(0, _ROUNDS, 2)):
+        column = (column + num_columns - _noise(row, keys, number + 1) % num_columns) % num_columns
+        row = (row + num_rows - _noise(column, keys, number) % num_rows) % num_rows
     return row * num_columns + column
 
 

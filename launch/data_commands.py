@@ -102,6 +102,10 @@ def order(
         for key in samples.keys(samples.batch(step - 1, batch).ids):
             typer.echo(key)
         return
+    if samples.identity_orders:
+        for line in samples.describe_identities(batch):
+            typer.echo(line)
+        return
     for source, ordered in enumerate(samples.orders):
         size = batch if len(samples.orders) == 1 else samples.mix.largest_quota(source, batch)
         mixing = mixing_report(ordered, size)

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from data.augment import ImageTransform
-from data.config import AugmentConfig, DataConfig
-from data.dataset import SampleSet
+from data.config import AugmentConfig, DataConfig, SourceConfig
+from data.dataset import build_sample_set
 from data.index import load_index
 from data.loader import Batch, TrainLoader
 from data.text import TokenizerSpec, build_tokenizer
@@ -77,17 +77,21 @@ def loader_of(
     size: int = 16,
     **config,
 ) -> TrainLoader:
-    """A TrainLoader over shards, one source a weight."""
+    """A TrainLoader over shards, one source a weight; without a caption key, of images only."""
     settings = DataConfig(**{"workers": 0, **config})
     keys = {"image_key": settings.image_key, "caption_key": settings.caption_key}
     specs = [spec] if len(weights) == 1 else spec
-    samples = SampleSet([load_index(spec, **keys) for spec in specs], seed=3, weights=weights)
+    sources = tuple(
+        SourceConfig(shards=spec, weight=w) for spec, w in zip(specs, weights, strict=True)
+    )
+    indexes = [load_index(spec, **keys) for spec in specs]
+    samples = build_sample_set(indexes, settings.model_copy(update={"sources": sources}), seed=3)
     with mock.patch("data.batch.build_tokenizer", _TOKENIZER):  # half a second, once
         return TrainLoader(
             samples,
             settings,
             image_transform=ImageTransform(size, AugmentConfig(scale=(0.5, 1.0), flip=0.5)),
-            tokenizer_spec=TokenizerSpec(context_length=12),
+            tokenizer_spec=TokenizerSpec(context_length=12) if settings.caption_key else None,
             global_batch_size=batch,
             seed=3,
             rank=rank,

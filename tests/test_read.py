@@ -1,5 +1,6 @@
 """Stores and the reader against real files, a real HTTP server with faults, fsspec and pipes."""
 
+import gc
 import gzip
 import multiprocessing
 import os
@@ -96,6 +97,7 @@ def test_open_files_stay_below_the_limit_of_the_process(tmp_path):
     paths = [tmp_path / f"{i}.tar" for i in range(150)]
     for path in paths:
         path.write_bytes(path.name.encode())
+    gc.collect()  # readers of other tests, or they would be closed in between
     before, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
     try:

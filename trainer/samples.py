@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import DataConfig
-from data.dataset import SampleSet
+from data.dataset import SampleSet, build_sample_set
 from data.index import Index, load_index
 from trainer.config import Config, ConfigError
 from trainer.objectives import build_model
@@ -40,14 +40,7 @@ def build_samples(config: Config, progress: Progress | None = None) -> SampleSet
             "no training data: set data.shards, e.g. --data.shards=/datasets/x-{000..007}.tar"
         )
     indexes = [index_shards(source.shards, config.data, progress) for source in sources]
-    return SampleSet(
-        indexes,
-        weights=[source.weight for source in sources],
-        seed=config.train.seed,
-        chunk=config.data.chunk,
-        lanes=config.data.lanes,
-        window=config.data.window,
-    )
+    return build_sample_set(indexes, config.data, seed=config.train.seed)
 
 
 def load_samples(config: Config, ranks: Ranks) -> SampleSet:
