@@ -17,6 +17,7 @@ from trainer.models.backbones.iresnet import IResNet
 from trainer.models.backbones.mobilefacenet import MobileFaceNet
 
 IMAGE_SIZE = 112  # of aligned faces, everywhere
+SMALLEST = 16
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "iresnet18": partial(IResNet, (2, 2, 2, 2)),
@@ -42,10 +43,10 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, tuple[int, int]]:
         return backbone, (size, size) if size else backbone.image_size
     _check_name(config.name, list(BACKBONES))
     size = config.image_size or IMAGE_SIZE
-    if size % 16:
+    if size < SMALLEST:
         raise ConfigError(
-            f"model.image_size = {size}: {config.name} halves the image four times; take a multiple"
-            f" of 16, e.g. {max(16, round(size / 16) * 16)}"
+            f"model.image_size = {size}: {config.name} halves the image four times; take at least"
+            f" {SMALLEST}"
         )
     for option in ("drop_path", "patch_dropout"):
         if getattr(config, option):

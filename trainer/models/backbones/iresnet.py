@@ -4,6 +4,8 @@ Deng et al. 2019, arXiv 1801.07698, section 3.1: blocks of BN-conv-BN-PReLU-conv
 et al. 2017, arXiv 1610.02915), a stem that does not shrink the image, BN-dropout-FC-BN at the end.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ WIDTHS = (64, 128, 256, 512)  # of the four stages; each starts by halving the i
 
 
 class IResNet(nn.Module):
-    """(n, 3, H, W) normalised pixels -> (n, d); H = W divisible by 16."""
+    """(n, 3, H, W) normalised pixels -> (n, d); H = W = `image_size`, of any parity."""
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class IResNet(nn.Module):
         self.layer4 = _stage(WIDTHS[2], WIDTHS[3], depths[3])
         self.bn2 = nn.BatchNorm2d(WIDTHS[3])
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(WIDTHS[3] * (image_size // 16) ** 2, embedding_dim)
+        self.fc = nn.Linear(WIDTHS[3] * math.ceil(image_size / 16) ** 2, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
         self.features.weight.requires_grad_(not freeze_last_bn_scale)
         for module in self.modules():
