@@ -8,10 +8,13 @@ as many steps, under any learning-rate schedule.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HORIZON = 8192
 """Most steps that a row may be behind; `due_rows` are brought up to date whether touched or not."""
+NEIGHBOURS = 64
+"""Rows that are due together: memory is read faster so."""
 # Products below this are far under the rounding of what they would be added to; their own products
 # would become denormal numbers, which a CPU is slow with.
 _NEGLIGIBLE = 1e-30
@@ -32,7 +35,7 @@ class CatchUp:
     def advance(self, matrix: Sequence[Sequence[float]]) -> None:
         """A step has passed that moves a row without gradient by `matrix` (s, s)."""
         past = self.factors[:, :, :-1]
-        for i, row in enumerate([_combine(row, past) for row in matrix]):
+        for i, row in enumerate([_combine(coefficients, past) for coefficients in matrix]):
             self.factors[i, :, 1:] = row
 
     def apply(self, state: Sequence[Tensor], ages: Tensor, room: Tensor) -> None:
@@ -52,20 +55,21 @@ class CatchUp:
 
 def _combine(coefficients: Sequence[float], past: Tensor) -> Tensor:
     """(s) times (s, s, ages) -> (s, ages)."""
-    total = sum(
-        (past[k] * c for k, c in enumerate(coefficients)), start=past.new_zeros(past.shape[1:])
-    )
-    return torch.where(total.abs() < _NEGLIGIBLE, 0.0, total)
+    total = past[0] * coefficients[0]
+    for coefficient, factors in zip(coefficients[1:], past[1:], strict=True):
+        total.add_(factors, alpha=coefficient)
+    return F.hardshrink(total, _NEGLIGIBLE)
 
 
-def due_rows(step: int, first_row: int, num_rows: int, device: torch.device) -> Tensor:
-    """Local rows that are brought up to date at this step: each global row once a `HORIZON`.
+def due_rows(step: int, first_row: int, num_rows: int) -> Tensor:  # (k,) local rows
+    """Rows that are brought up to date at this step: each once a `HORIZON`, neighbours at once.
 
     By global row, so that a row's history of rounding does not depend on the number of ranks.
     """
-    start = (step - first_row) % HORIZON
-    return (
-        torch.arange(start, num_rows, HORIZON, device=device)
-        if start < num_rows
-        else (torch.empty(0, dtype=torch.int64, device=device))
-    )
+    first_group = first_row // NEIGHBOURS
+    due = first_group + (step - first_group) % HORIZON
+    groups = range(due * NEIGHBOURS, first_row + num_rows, HORIZON * NEIGHBOURS)
+    rows = (
+        torch.tensor(groups, dtype=torch.int64)[:, None] + torch.arange(NEIGHBOURS)
+    ).flatten() - first_row
+    return rows[(rows >= 0) & (rows < num_rows)]

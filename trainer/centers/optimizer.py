@@ -16,7 +16,7 @@ calls neither `update` nor `end`, and tables stay as they were. `update` itself 
 that would read every gradient once more; it would store what it is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from trainer.config import CentersConfig, ConfigError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Two occasions to round a table in one step, each with noise of its own.
 _CAUGHT_UP, _UPDATED = 0, 1
+# Keys of rows are short work, which pays for many rows at once.
+_TILES_PER_BLOCK = 64
 
 
 class SparseOptimizer:
@@ -122,12 +124,13 @@ class SparseOptimizer:
             ids = ids[behind]
         elif len(behind) < ids.stop - ids.start:
             ids = behind.add_(ids.start)
-        for part, _ in tiles(ids, self._tile_rows):
+        for part, _, keys in self._tiles(ids, _CAUGHT_UP):
             ages = self._step - self._last_step[part]
             state = {name: self._wide[name].read(part) for name in self._rule.missed}
             room = self._scratch.take("room", len(ages), self._dtype)
             self._catch_up.apply(list(state.values()), ages, room)
-            self._write(part, state, _CAUGHT_UP)
+            for name, values in state.items():
+                self._wide[name].write(part, values, keys[name])
             self._last_step[part] = self._step
 
     def rows(self, ids: Ids) -> Tensor:
@@ -152,13 +155,14 @@ class SparseOptimizer:
         """Move these rows by `gradients` (k, d); each row at most once a step, after `begin`."""
         ids = self._local(ids)
         self._check_update(ids, gradients)
-        for part, positions in tiles(ids, self._tile_rows):
-            moved = gradients[positions].to(self._home, self._dtype)
+        for part, positions, keys in self._tiles(ids, _UPDATED):
+            moved = gradients[positions].to(self._home, self._dtype).contiguous()
             wide = {name: table.read(part) for name, table in self._wide.items()}
             narrow = {name: numbers[part] for name, numbers in self._narrow.items()}
             self._rule.update({**wide, **narrow}, moved, lr, self._scratch)
             keep_in_bounds(wide["rows"], self._bounds)
-            self._write(part, wide, _UPDATED)
+            for name, values in wide.items():
+                self._wide[name].write(part, values, keys[name])
             if isinstance(part, Tensor):
                 for name, numbers in narrow.items():
                     self._narrow[name][part] = numbers
@@ -170,7 +174,7 @@ class SparseOptimizer:
         self._step += 1
         if self._catch_up:
             self._catch_up.advance(self._rule.without_gradient(lr))
-            self.begin(due_rows(self._step, self.first_row, self.num_rows, self._home))
+            self.begin(due_rows(self._step, self.first_row, self.num_rows))
 
     def finish(self) -> None:
         """Bring all rows to the present, for an export or an evaluation."""
@@ -232,10 +236,18 @@ class SparseOptimizer:
             raise ValueError(f"{ids} has a stride: give positions as a tensor")
         return slice(start, max(start, stop))
 
-    def _write(self, part: Ids, values: Mapping[str, Tensor], occasion: int) -> None:
-        for index, (name, table) in enumerate(self._wide.items()):
-            if name in values:
-                table.write(part, values[name], step=self._step, stream=2 * index + occasion)
+    def _tiles(
+        self, ids: Ids, occasion: int
+    ) -> Iterator[tuple[Ids, slice, dict[str, Tensor | None]]]:
+        """(ids of a tile, their positions among all ids, each table's keys for rounding)."""
+        for block, offset in tiles(ids, self._tile_rows * _TILES_PER_BLOCK):
+            keys = {
+                name: table.keys(block, self._step, 2 * index + occasion)
+                for index, (name, table) in enumerate(self._wide.items())
+            }
+            for part, within in tiles(block, self._tile_rows):
+                positions = slice(offset.start + within.start, offset.start + within.stop)
+                yield part, positions, {n: k if k is None else k[within] for n, k in keys.items()}
 
     def _check_update(self, ids: Ids, gradients: Tensor) -> None:
         k = len(ids) if isinstance(ids, Tensor) else ids.stop - ids.start

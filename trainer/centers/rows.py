@@ -67,14 +67,14 @@ class RoundingNoise:
         self._seed, self._first_row = seed, first_row
         self._columns = _halves(derive_keys(torch.arange(dim, device=device)))[0].contiguous()
 
-    def draw(self, ids: Ids, step: int, stream: int, room: Tensor) -> Tensor:
-        """(k, d) int32 in [0, 2**16), written into room; `stream` tells apart uses in one step."""
-        rows = (
-            torch.arange(ids.start, ids.stop, device=room.device)
-            if isinstance(ids, slice)
-            else ids.long()
-        )
-        keys = derive_keys(self._seed, _ROUNDING, step, stream, rows + self._first_row)
+    def keys(self, ids: Ids, step: int, stream: int) -> Tensor:
+        """(k,) int64, one a row; `stream` tells apart uses in one step."""
+        device = self._columns.device
+        rows = torch.arange(ids.start, ids.stop, device=device) if isinstance(ids, slice) else ids
+        return derive_keys(self._seed, _ROUNDING, step, stream, rows + self._first_row)
+
+    def draw(self, keys: Tensor, room: Tensor) -> Tensor:
+        """(k, d) int32 in [0, 2**16), written into room."""
         factor, offset = _halves(keys)
         # Multiply-shift hashing: the upper half of factor * column + offset, modulo 2**32.
         torch.mul(factor[:, None], self._columns, out=room).add_(offset[:, None])
@@ -115,14 +115,19 @@ class Table:
             return torch.index_select(self.stored, 0, ids, out=self._room(len(ids)))
         return self._room(len(ids)).copy_(self.stored.index_select(0, ids))
 
-    def write(self, ids: Ids, values: Tensor, *, step: int, stream: int) -> None:
+    def keys(self, ids: Ids, step: int, stream: int) -> Tensor | None:
+        """What `write` needs of the same rows, (k,); made for many tiles at once, for speed."""
+        rounded = self.stored.dtype != self._dtype
+        return self._noise.keys(ids, step, stream) if rounded else None
+
+    def write(self, ids: Ids, values: Tensor, keys: Tensor | None) -> None:
         """Store what `read` gave; `values` are used up."""
-        if self.stored.dtype == self._dtype:
+        if keys is None:
             if isinstance(ids, Tensor):
                 self.stored.index_copy_(0, ids, values)
             return
         room = self._scratch.take("noise", len(values), torch.int32)
-        round_stochastically(values, self._noise.draw(ids, step, stream, room))
+        round_stochastically(values, self._noise.draw(keys, room))
         if isinstance(ids, slice):
             self.stored[ids].copy_(values)
         else:
