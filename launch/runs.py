@@ -37,7 +37,7 @@ def train(
     with shard_progress("indexing shards") as progress:
         samples = build_samples(config, progress)
         if config.data.val_shards:
-            index_shards(config.data.val_shards, config.data, progress)
+            index_shards(config.data.val_shards, config, progress)
     _name_problems(samples.indexes)
     check_fit(config, samples, num_ranks)
     check_memory(config, num_ranks)
@@ -75,7 +75,7 @@ def evaluate(source: Path, overrides: list[str], num_ranks: int) -> int:
     """Check, then evaluate on `num_ranks` ranks; rank 0 prints the JSON line. The exit code."""
     checkpoint, config = _find(source, overrides)
     with shard_progress("indexing shards") as progress:
-        index_shards(config.data.val_shards, config.data, progress)
+        index_shards(config.data.val_shards, config, progress)
     check_memory(config, num_ranks)
     return run_local(num_ranks, ["eval", str(checkpoint), *overrides])
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.config import DataConfig
 from data.dataset import SampleSet, build_sample_set
 from data.index import Index, load_index
 from trainer.config import Config, ConfigError
@@ -20,14 +19,17 @@ BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two Adam moments
 
 
 def index_shards(
-    shards: str | list[str], data: DataConfig, progress: Progress | None = None
+    shards: str | list[str], config: Config, progress: Progress | None = None
 ) -> Index:
-    """The index of some shards with the member names of `data`; built where it is missing."""
+    """The index of some shards with the member names of `[data]`; built where it is missing.
+
+    A run against class centers needs no captions.
+    """
     return load_index(
         shards,
-        image_key=data.image_key,
-        caption_key=data.caption_key,
-        label_key=data.label_key,
+        image_key=config.data.image_key,
+        caption_key="" if config.has_centers else config.data.caption_key,
+        label_key=config.data.label_key,
         progress=progress,
     )
 
@@ -39,7 +41,7 @@ def build_samples(config: Config, progress: Progress | None = None) -> SampleSet
         raise ConfigError(
             "no training data: set data.shards, e.g. --data.shards=/datasets/x-{000..007}.tar"
         )
-    indexes = [index_shards(source.shards, config.data, progress) for source in sources]
+    indexes = [index_shards(source.shards, config, progress) for source in sources]
     return build_sample_set(indexes, config.data, seed=config.train.seed)
 
 

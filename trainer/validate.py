@@ -36,7 +36,7 @@ class Validation:
         return cls(
             config=config,
             ranks=ranks,
-            index=index_shards(shards, config.data),
+            index=index_shards(shards, config),
             transform=ImageTransform(model.image_size, None, resize_mode=model.resize_mode),
             model=model,
             tokenizer=build_tokenizer(model.tokenizer_spec),
