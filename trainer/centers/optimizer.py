@@ -16,7 +16,9 @@ calls neither `update` nor `end`, and tables stay as they were. `update` itself 
 that would read every gradient once more; it would store what it is given.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -193,26 +195,39 @@ class SparseOptimizer:
     def load(self, tables: Mapping[str, Tensor], history: Mapping[str, Tensor]) -> None:
         """Take over `tables()` of the same global rows, held by however many ranks, and `history`.
 
-        Another dtype is converted to the nearest value.
+        Another dtype is converted to the nearest value. A part too large to be held twice is
+        copied into `tables()` by ranges instead, between `check_stored` and `load_history`.
         """
-        own, own_history = self.tables(), self.history()
-        kinds = sorted(tables) == sorted(own) and sorted(history) == sorted(own_history)
-        if not kinds:
-            raise ConfigError(
-                f"stored centers come with {', '.join(sorted({*tables, *history}))}; this "
-                f"configuration keeps {', '.join(sorted({*own, *own_history}))}: set "
-                "centers.optimizer, momentum, weight_decay and mode as they were"
-            )
-        theirs, ours = {**tables, **history}, {**own, **own_history}
-        for name, table in ours.items():
-            if theirs[name].shape != table.shape:
+        self.check_stored(tables)
+        own = self.tables()
+        for name, table in own.items():
+            if tables[name].shape != table.shape:
                 raise ConfigError(
-                    f"stored centers have {name} of shape {tuple(theirs[name].shape)}, this part "
-                    f"{tuple(table.shape)}: set model.embedding_dim and centers.num_classes as "
-                    "they were"
+                    f"stored centers have {name} of shape {tuple(tables[name].shape)}, this part "
+                    f"{tuple(table.shape)}: set model.embedding_dim, centers.num_classes and "
+                    "centers.subcenters as they were"
                 )
+        self.load_history(history)
         for name, table in own.items():
             table.copy_(tables[name])
+
+    def check_stored(self, names: Iterable[str], source: str | Path = "stored centers") -> None:
+        """ConfigError unless the tables of these names are those that this optimizer keeps."""
+        if {*names} != {*self.tables()}:
+            raise ConfigError(
+                f"{source}: tables {', '.join(sorted(names))}, but this configuration keeps "
+                f"{', '.join(sorted(self.tables()))}: set centers.optimizer, mode, momentum and "
+                "weight_decay as they were, or take over the centers alone with centers.init"
+            )
+
+    def load_history(self, history: Mapping[str, Tensor]) -> None:
+        """Take over `history()`, when the tables hold what belongs to it."""
+        own = self.history()
+        if {n: t.shape for n, t in history.items()} != {n: t.shape for n, t in own.items()}:
+            raise ConfigError(
+                "the history of the stored centers is not of this optimizer: set "
+                "centers.optimizer, mode, momentum and weight_decay as they were"
+            )
         self._step = int(history["step"])
         if self._catch_up:
             self._catch_up.factors.copy_(history["factors"])

@@ -66,12 +66,16 @@ class RoundingNoise:
     def __init__(self, seed: int, dim: int, first_row: int, device: torch.device) -> None:
         self._seed, self._first_row = seed, first_row
         self._columns = _halves(derive_keys(torch.arange(dim, device=device)))[0].contiguous()
+        self._newest: dict[int, tuple[int, Tensor]] = {}
 
     def keys(self, ids: Ids, step: int, stream: int) -> Tensor:
         """(k,) int64, one a row; `stream` tells apart uses in one step."""
         device = self._columns.device
         rows = torch.arange(ids.start, ids.stop, device=device) if isinstance(ids, slice) else ids
-        return derive_keys(self._seed, _ROUNDING, step, stream, rows + self._first_row)
+        if self._newest.get(stream, (None, None))[0] != step:
+            key = derive_keys(self._seed, _ROUNDING, step, stream)
+            self._newest[stream] = step, key.to(device)
+        return derive_keys(self._newest[stream][1] + self._first_row + rows)
 
     def draw(self, keys: Tensor, room: Tensor) -> Tensor:
         """(k, d) int32 in [0, 2**16), written into room."""
