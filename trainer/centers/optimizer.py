@@ -18,7 +18,6 @@ that would read every gradient once more; it would store what it is given.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from pathlib import Path
 
 import torch
 from torch import Tensor
