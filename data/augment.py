@@ -16,10 +16,21 @@ from torch import Tensor
 from data.config import AugmentConfig
 
 ResizeMode = Literal["shortest", "longest", "squash"]
+Box = tuple[int, int, int, int]
+"""Top, left, height, width in pixels."""
+
 _WORD = (1 << 64) - 1
 _BOX_TRIES = 10
 _ERASED_AREA = (0.02, 0.2)
 _ERASED_RATIO = (0.3, 3.3)
+# AdaFace's five of OpenCV, area averaging standing for antialiased bilinear.
+_INTERPOLATIONS = (
+    ("nearest-exact", False),
+    ("bilinear", False),
+    ("bilinear", True),
+    ("bicubic", False),
+    ("bicubic", True),
+)
 
 
 class KeyedRng:
@@ -55,7 +66,8 @@ class ImageTransform:
 
     Without one it equals open_clip's evaluation transform before its normalisation: bicubic with
     antialias, by resize mode `shortest` (shorter side to size, center crop), `longest` (longer side
-    to size, centered on `fill`) or `squash` (both sides to size). Training crops in every mode.
+    to size, centered on `fill`) or `squash` (both sides to size). Training crops in every mode,
+    unless the config's `crop` is off.
     """
 
     def __init__(
@@ -90,11 +102,15 @@ class ImageTransform:
     def _crop(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         if self.config is None:
             return image
-        top, left, height, width = random_box(image.shape[:2], self.config, _given(rng))
-        return image[top : top + height, left : left + width]
+        box = 0, 0, image.shape[0], image.shape[1]
+        if self.config.crop:
+            box = random_box(image.shape[:2], self.config, _given(rng))
+        if self.config.shift or self.config.zoom:
+            box = move_box(box, self.config, _given(rng))
+        return _cut(image, box)
 
     def _fit(self, source: Tensor) -> Tensor:  # (1, 3, h, w) -> (1, 3, H, W)
-        if self.config is not None or self.resize_mode == "squash":
+        if (self.config is not None and self.config.crop) or self.resize_mode == "squash":
             return _resize(source, self.size)
         source = _resize(source, self._kept_ratio(source.shape[2], source.shape[3]))
         return _center(source, self.size, self.fill)
@@ -113,7 +129,7 @@ def random_box(
     shape: tuple[int, ...],  # (h, w) of the image
     config: AugmentConfig,
     rng: np.random.Generator,
-) -> tuple[int, int, int, int]:
+) -> Box:
     """Top, left, height, width of a random crop, distributed as torchvision's RandomResizedCrop."""
     height, width = shape
     least, most = (height * width * share for share in config.scale)
@@ -128,6 +144,26 @@ def random_box(
     ratio = min(max(width / height, config.ratio[0]), config.ratio[1])
     h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def move_box(box: Box, config: AugmentConfig, rng: np.random.Generator) -> Box:
+    """The box moved by up to `shift` of its sides and grown or shrunk by up to `zoom`."""
+    top, left, height, width = box
+    size_draw, down, right = (2 * rng.random(3) - 1).tolist()
+    size = (1 + config.zoom) ** size_draw
+    h, w = max(1, round(height * size)), max(1, round(width * size))
+    middle = top + height * (0.5 + config.shift * down), left + width * (0.5 + config.shift * right)
+    return round(middle[0] - h / 2), round(middle[1] - w / 2), h, w
+
+
+def _cut(image: np.ndarray, box: Box) -> np.ndarray:
+    """The pixels of a box; beyond the image they repeat its edge."""
+    top, left, height, width = box
+    if min(top, left) >= 0 and top + height <= image.shape[0] and left + width <= image.shape[1]:
+        return image[top : top + height, left : left + width]
+    rows = np.arange(top, top + height).clip(0, image.shape[0] - 1)
+    columns = np.arange(left, left + width).clip(0, image.shape[1] - 1)
+    return image.take(rows, axis=0).take(columns, axis=1)
 
 
 def _resize(source: Tensor, size: tuple[int, int]) -> Tensor:  # (1, 3, h, w) -> (1, 3, *size)
@@ -155,6 +191,10 @@ def _augment(pixels: Tensor, config: AugmentConfig, rng: np.random.Generator) ->
         pixels = pixels.flip(-1)
     if config.rotate:
         pixels = _rotate(pixels, rng.uniform(-config.rotate, config.rotate))
+    if config.erase_outside and rng.random() < config.erase_outside:
+        pixels = _erase_outside(pixels, config.erase_outside_scale, rng)
+    if config.low_resolution and rng.random() < config.low_resolution:
+        pixels = _lower_resolution(pixels, config.low_resolution_scale, rng)
     if any(config.color_jitter) and rng.random() < config.color_jitter_probability:
         pixels = _jitter(pixels, config.color_jitter, rng)
     if config.grayscale and rng.random() < config.grayscale:
@@ -209,6 +249,28 @@ def _erase(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     region = erased[:, top : top + height, left : left + width]
     region[:] = _to_uint8(region.float().mean(dim=(1, 2), keepdim=True))
     return erased
+
+
+def _erase_outside(pixels: Tensor, scale: tuple[float, float], rng: np.random.Generator) -> Tensor:
+    shape = tuple(pixels.shape[1:])
+    top, left, height, width = random_box(shape, AugmentConfig(scale=scale), rng)
+    kept = torch.zeros_like(pixels)
+    box = (slice(None), slice(top, top + height), slice(left, left + width))
+    kept[box] = pixels[box]
+    return kept
+
+
+def _lower_resolution(
+    pixels: Tensor, scale: tuple[float, float], rng: np.random.Generator
+) -> Tensor:
+    height, width = pixels.shape[1:]
+    share = rng.uniform(*scale)
+    size = max(1, int(share * height)), max(1, int(share * width))
+    for target in (size, (height, width)):
+        mode, antialias = _INTERPOLATIONS[int(rng.integers(len(_INTERPOLATIONS)))]
+        exact = {} if mode == "nearest-exact" else {"antialias": antialias, "align_corners": False}
+        pixels = F.interpolate(pixels[None], target, mode=mode, **exact)[0]
+    return pixels
 
 
 def _to_uint8(values: Tensor) -> Tensor:

@@ -24,16 +24,37 @@ class SourceConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation; every draw is keyed by (seed, epoch, sample id), never by rank."""
+    """Training augmentation; every draw is keyed by (seed, epoch, sample id), never by rank.
 
+    AdaFace's set (arXiv 2204.00964): erase_outside, low_resolution and color_jitter_probability of
+    0.2, color_jitter = [0.5, 0.5, 0.5, 0], flip = 0.5, crop = false.
+    """
+
+    crop: bool = True
+    """Random resized crop by `scale` and `ratio`; false: the geometry of evaluation, as aligned
+    faces want."""
     scale: tuple[float, float] = (0.9, 1.0)
     """Area of the random resized crop, as a share of the image's."""
     ratio: tuple[float, float] = (0.75, 1.3333)
     """Aspect ratio (width / height) of the crop."""
+    shift: float = Field(default=0.0, ge=0, lt=1)
+    """Largest shift as a share of the side, drawn uniformly in both directions; edges repeat."""
+    zoom: float = Field(default=0.0, ge=0, le=1)
+    """Largest change of size: 0.1 draws factors from 1/1.1 to 1.1, log-uniformly; edges repeat."""
     flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a horizontal flip."""
     rotate: float = Field(default=0.0, ge=0, le=180)
     """Rotation in degrees, drawn uniformly from [-rotate, rotate]."""
+    erase_outside: float = Field(default=0.0, ge=0, le=1)
+    """Probability that all outside a random box becomes black; the box stays in its place
+    (AdaFace's crop)."""
+    erase_outside_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of that box, as a share of the image's; its aspect ratio is from 3/4 to 4/3."""
+    low_resolution: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an image is made small and large again, by two interpolations drawn from
+    nearest, bilinear and bicubic, with and without antialias."""
+    low_resolution_scale: tuple[float, float] = (0.2, 1.0)
+    """Side of the small image, as a share of the image's."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Strength of brightness, contrast, saturation, hue (torchvision's meaning)."""
     color_jitter_probability: float = Field(default=0.8, ge=0, le=1)
@@ -44,6 +65,14 @@ class AugmentConfig(Section):
     """Probability of a Gaussian blur; sigma from [0.1, 2] pixels at 224, scaled to the size."""
     erase: float = Field(default=0.0, ge=0, le=1)
     """Probability that a random rectangle (2-20 % of the area) is replaced by its mean color."""
+
+    @model_validator(mode="after")
+    def _shares_are_ranges(self) -> "AugmentConfig":
+        for name in ("scale", "erase_outside_scale", "low_resolution_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} = [{low:g}, {high:g}] is no range of shares in (0, 1]")
+        return self
 
 
 class DataConfig(Section):

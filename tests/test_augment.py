@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from open_clip.transform import image_transform
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from data.augment import ImageTransform, KeyedRng, random_box, sample_rng
+from data.augment import ImageTransform, KeyedRng, move_box, random_box, sample_rng
 from data.config import AugmentConfig
 
 SHAPES = [(375, 500), (500, 375), (64, 64), (224, 224), (300, 301), (100, 640), (31, 17), (1, 1)]
@@ -277,3 +278,141 @@ def test_everything_together_is_a_function_of_the_key():
     for sample in reversed(range(20)):
         assert torch.equal(transform(image, sample_rng(3, 0, sample, "image")), first[sample])
     assert all(not torch.equal(first[0], other) for other in first[1:])
+
+
+# -- faces: the geometry of evaluation, framing, AdaFace's three
+
+
+def face(image: np.ndarray, sample: int = 0, size: object = None, **options: object):
+    config = AugmentConfig(crop=False, **options)
+    transform = ImageTransform(size or image.shape[:2], config, resize_mode="squash")
+    return transform(image, sample_rng(0, 0, sample, "image"))
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("shape", [(112, 112), (112, 92), (70, 200)])
+def test_without_a_crop_training_sees_what_evaluation_sees(shape, mode):
+    image = photo(*shape)
+    plain = ImageTransform(64, resize_mode=mode)(image)
+    trained = ImageTransform(64, AugmentConfig(crop=False), resize_mode=mode)
+    assert torch.equal(trained(image, sample_rng(0, 0, 0, "image")), plain)
+    flipped = ImageTransform(64, AugmentConfig(crop=False, flip=1.0), resize_mode=mode)
+    assert torch.equal(flipped(image, sample_rng(0, 0, 0, "image")), plain.flip(-1))
+
+
+def test_a_shift_moves_whole_pixels_and_repeats_the_edge():
+    image = photo(40, 50)
+    moves = set()
+    for sample in range(60):
+        shifted = face(image, sample, shift=0.1)
+        rows = np.arange(40)[:, None] + np.arange(-4, 5)[None]
+        columns = np.arange(50)[:, None] + np.arange(-5, 6)[None]
+        found = [
+            (down - 4, right - 5)
+            for down in range(9)
+            for right in range(11)
+            if np.array_equal(
+                shifted.permute(1, 2, 0).numpy(),
+                image[rows[:, down].clip(0, 39)][:, columns[:, right].clip(0, 49)],
+            )
+        ]
+        assert len(found) == 1
+        moves.add(found[0])
+    assert {abs(down) for down, _ in moves} == set(range(5)) and len(moves) > 30
+
+
+def test_a_zoom_is_a_resized_box_round_the_middle():
+    image = photo(60, 60)
+    heights = []
+    for sample in range(200):
+        config = AugmentConfig(crop=False, zoom=0.25)
+        top, left, height, width = move_box(
+            (0, 0, 60, 60), config, sample_rng(0, 0, sample, "image")
+        )
+        assert height == width and abs(top + height / 2 - 30) <= 0.5 and top == left
+        heights.append(height)
+        if sample < 20 and height <= 60:
+            box = (left, top, left + width, top + height)
+            wanted = Image.fromarray(image).resize((60, 60), Image.Resampling.BICUBIC, box=box)
+            ours = face(image, sample, zoom=0.25).permute(1, 2, 0).numpy()
+            assert np.abs(ours.astype(int) - np.asarray(wanted)).max() <= 2
+    assert min(heights) >= 48 and max(heights) <= 75
+    assert abs((np.array(heights) > 60).mean() - 0.5) < 0.12  # larger as often as smaller
+
+
+def test_shift_and_zoom_move_the_random_crop_too():
+    image = photo(80, 100)
+    for sample in range(20):
+        rng = sample_rng(0, 0, sample, "image")
+        config = AugmentConfig(scale=(0.2, 0.4), shift=0.2, zoom=0.1)
+        box = random_box((80, 100), config, rng)
+        moved = move_box(box, config, rng)
+        for side in range(2):
+            middle = moved[side] + moved[side + 2] / 2 - box[side] - box[side + 2] / 2
+            assert abs(middle) <= 0.2 * box[side + 2] + 1.0
+        rng = sample_rng(0, 0, sample, "image")
+        assert ImageTransform(64, config)(image, rng).shape == (3, 64, 64)
+
+
+def test_what_is_erased_outside_is_black_and_the_box_stays_in_place():
+    image = photo(112, 112).clip(1, 255)
+    areas = []
+    for sample in range(100):
+        kept = face(image, sample, erase_outside=1.0)
+        inside = (kept != 0).any(dim=0)
+        rows, columns = inside.any(dim=1).nonzero(), inside.any(dim=0).nonzero()
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        assert inside[box].all() and inside.sum() == inside[box].numel()
+        assert torch.equal(kept[:, box[0], box[1]], planes(image)[:, box[0], box[1]])
+        areas.append(inside.float().mean().item())
+    assert 0.19 < min(areas) < 0.35 and 0.8 < max(areas) <= 1.0
+    assert np.ptp([face(image, 1, erase_outside=1.0, erase_outside_scale=(1, 1)).numpy()]) > 0
+
+
+def test_low_resolution_takes_detail_away_and_keeps_the_layout():
+    image = photo(112, 112)
+    grain = lambda pixels: pixels.float().diff(dim=1).abs().mean().item()  # noqa: E731
+    tints = planes(image).float().mean(dim=(1, 2))
+    shares = []
+    for sample in range(80):
+        low = face(image, sample, low_resolution=1.0)
+        assert low.shape == (3, 112, 112) and low.dtype == torch.uint8
+        assert (low.float().mean(dim=(1, 2)) - tints).abs().max() < 4
+        rough = F.avg_pool2d(low.float(), 28) - F.avg_pool2d(planes(image).float(), 28)
+        assert rough.abs().max() < 20, "the picture lies where it lay"
+        shares.append(grain(low) / grain(planes(image)))
+    assert min(shares) < 0.6 and max(shares) > 0.8
+    tiny = face(image, 0, low_resolution=1.0, low_resolution_scale=(0.05, 0.05))
+    assert len(torch.unique(tiny.flatten(1), dim=1).T) > 1
+    assert face(photo(3, 3), low_resolution=1.0, low_resolution_scale=(0.1, 0.1)).shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize("option", ["erase_outside", "low_resolution"])
+def test_a_face_augmentations_probability_is_the_share_of_images(option):
+    image = photo(48, 48)
+    assert all(torch.equal(face(image, i, **{option: 0.0}), planes(image)) for i in range(20))
+    share = {f"{option}_scale": (0.2, 0.5)}
+    changed = [
+        not torch.equal(face(image, i, **{option: 0.2}, **share), planes(image)) for i in range(500)
+    ]
+    assert abs(np.mean(changed) - 0.2) < 0.06
+
+
+def test_adafaces_set_is_keyed_and_off_by_default():
+    config = AugmentConfig(
+        crop=False, flip=0.5, erase_outside=0.5, low_resolution=0.5, shift=0.03, zoom=0.05,
+        rotate=5, color_jitter=(0.5, 0.5, 0.5, 0.0), color_jitter_probability=0.5,
+    )  # fmt: skip
+    image, keyed = photo(112, 112), KeyedRng(3, "image")
+    transform = ImageTransform(112, config, resize_mode="squash")
+    first = [transform(image, keyed(0, sample)).clone() for sample in range(20)]
+    for sample in reversed(range(20)):
+        assert torch.equal(transform(image, sample_rng(3, 0, sample, "image")), first[sample])
+    assert torch.equal(face(image), planes(image))
+
+
+@pytest.mark.parametrize("name", ["scale", "erase_outside_scale", "low_resolution_scale"])
+@pytest.mark.parametrize("value", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5)])
+def test_a_share_that_is_no_range_is_an_error(name, value):
+    with pytest.raises(ValueError, match=rf"{name} = .* is no range of shares"):
+        AugmentConfig(**{name: value})
