@@ -578,6 +578,21 @@ def test_wrong_calls_are_named():
         optimizer.update(slice(2, 4), torch.zeros(2, 3), 0.1)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"norm_bounds": (2.0, 1.0)}, "norm_bounds"),
+        ({"norm_bounds": (-1.0, 1.0)}, "norm_bounds"),
+        ({"norm_bounds": (math.nan, 1.0)}, "norm_bounds"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov"),
+    ],
+)
+def test_an_impossible_optimizer_is_named(fields, named):
+    with pytest.raises(ValueError, match=named):
+        CentersConfig(**fields)
+
+
 def test_a_checkpoint_of_another_kind_is_named():
     sgd, adamw, lazy = build(5, 3, mode="exact"), build(5, 3, optimizer="adamw"), build(5, 3)
     with pytest.raises(ConfigError, match=r"last_step, momentum.*moment1.*centers\.optimizer"):

@@ -186,7 +186,18 @@ class CentersConfig(Section):
     host: bool = False
     """Keep centers and their optimizer in host memory."""
     norm_bounds: tuple[float, float] = (1e-3, 1e3)
-    """Lengths within which a touched center is kept."""
+    """Lengths within which a touched center is kept; [0, inf]: any."""
+
+    @model_validator(mode="after")
+    def _optimizer_is_possible(self) -> Self:
+        least, most = self.norm_bounds
+        if not 0 <= least <= most or most == 0:
+            raise ValueError(f"norm_bounds = [{least}, {most}]: a least length, then the greatest")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: each in [0, 1)")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum: set momentum above 0")
+        return self
 
 
 class OptimConfig(Section):
