@@ -3,6 +3,7 @@
 from typing import Any
 
 import timm
+import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         name = config.name.removeprefix(PREFIX)
         self.trunk = _create(name, config)
+        _check_size(name, config)
         if not isinstance(self.trunk.get_classifier(), nn.Module):
             raise ConfigError(
                 f"model.name = {config.name!r} has no single last layer to embed with"
@@ -113,6 +115,20 @@ def _create(name: str, config: ModelConfig) -> Any:
                     f"model.{OPTIONS[refused]}: timm's {name} has no such option; set it to 0"
                 ) from None
             del options[refused]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(_not_built(config, error)) from error
+
+
+def _check_size(name: str, config: ModelConfig) -> None:
+    """Some of timm's models take any `img_size` and fail at the first image, so try one of air."""
+    if not config.image_size:
+        return
+    with torch.device("meta"), torch.no_grad():
+        twin = _create(name, config).eval()
+        try:
+            twin(torch.empty(1, 3, config.image_size, config.image_size))
+        except NotImplementedError:
+            return  # an operation without a meta kernel says nothing of the size
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError(_not_built(config, error)) from error
 
