@@ -59,14 +59,24 @@ def train(
 def evaluate(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint in it.")],
-    data: Annotated[list[str] | None, typer.Option(help="Shards; default data.val_shards.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="retrieval, zero_shot.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Shards, .bin sets; default data.val_shards.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="retrieval, zero_shot, recall, verification, identification, all_pairs, ijb."
+        ),
+    ] = None,
     nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU.")] = 0,
 ) -> None:
     """Evaluate a run or checkpoint; the last line of stdout is one JSON object.
 
     Example: nsphere eval runs/emoji --task zero_shot --data "/datasets/emoji/val-{0..1}.tar"
     --eval.classes=/datasets/emoji/classes.tsv
+
+    Faces: nsphere eval runs/faces --task recall --task verification --data "val-*.tar"
+    --eval.pairs=val_pairs.tsv --eval.flip=true; or --task verification --data lfw.bin
     """
     from launch import runs
 

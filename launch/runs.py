@@ -14,7 +14,8 @@ from launch.ranks import is_rank, open_ranks
 from launch.signals import BAD_INPUT, STOPPED, StopRequest
 from trainer.config import Config, ConfigError, load_config
 from trainer.run import STOPPED_MARKER, check_config
-from trainer.samples import build_samples, check_fit, check_memory, index_shards
+from trainer.samples import build_samples, check_fit, check_memory
+from trainer.validate import Validation, load_model, open_sets
 
 
 def is_one_of_several() -> bool:
@@ -37,7 +38,7 @@ def train(
     with shard_progress("indexing shards") as progress:
         samples = build_samples(config, progress)
         if config.data.val_shards:
-            index_shards(config.data.val_shards, config, progress)
+            open_sets(config, config.data.val_shards, progress)
     _name_problems(samples.indexes)
     check_fit(config, samples, num_ranks)
     check_memory(config, num_ranks)
@@ -75,7 +76,7 @@ def evaluate(source: Path, overrides: list[str], num_ranks: int) -> int:
     """Check, then evaluate on `num_ranks` ranks; rank 0 prints the JSON line. The exit code."""
     checkpoint, config = _find(source, overrides)
     with shard_progress("indexing shards") as progress:
-        index_shards(config.data.val_shards, config, progress)
+        open_sets(config, config.data.val_shards, progress)
     check_memory(config, num_ranks)
     return run_local(num_ranks, ["eval", str(checkpoint), *overrides])
 
@@ -83,13 +84,11 @@ def evaluate(source: Path, overrides: list[str], num_ranks: int) -> int:
 def evaluate_rank(source: Path, overrides: list[str]) -> dict[str, float | str] | None:
     """Evaluate as one rank; the numbers on the first rank, None on the others."""
     from trainer.checkpoint import load_weights
-    from trainer.export import load_towers
-    from trainer.validate import Validation
 
     checkpoint, config = _find(source, overrides)
     with open_ranks(os.environ) as ranks:
         weights = load_weights(checkpoint, ema=True)
-        model = load_towers(weights, config.model, loss_name=config.loss.name, device=ranks.device)
+        model = load_model(weights, config, ranks.device)
         results = Validation.build(config, model, ranks, config.data.val_shards)(model)
         return {"checkpoint": str(checkpoint), **results} if ranks.is_first else None
 

@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from data.config import DataConfig
+from trainer.eval_section import EvalConfig
 from trainer.sections import (
     CENTER_LOSSES,
     CentersConfig,
     CheckpointConfig,
     Config,
-    EvalConfig,
     LogConfig,
     LossConfig,
     ModelConfig,

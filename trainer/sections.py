@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from data.config import DataConfig, Section
 from trainer.duration import Duration
+from trainer.eval_section import EvalConfig, Task
 
 CENTER_LOSSES = (
     "softmax",
@@ -306,21 +307,6 @@ class LogConfig(Section):
     """Experiment trackers, through accelerate."""
 
 
-class EvalConfig(Section):
-    """Evaluation of `data.val_shards` while training and in `nsphere eval`."""
-
-    every: Duration | None = None
-    """None: only at the end, if there are val shards."""
-    tasks: tuple[Literal["retrieval", "zero_shot"], ...] = ("retrieval",)
-    batch_size: int = Field(default=256, ge=1)
-    """Samples a rank embeds at once."""
-    templates: tuple[str, ...] = ("{}",)
-    """Zero-shot prompts, `{}` standing for the class name; `openai` is open_clip's list of 80."""
-    classes: str = ""
-    """Zero-shot class names: a text file (a line each), a TSV with columns cls and name or label,
-    or `imagenet`; empty: the distinct captions of each label in the evaluated shards."""
-
-
 class Config(Section):
     """One run."""
 
@@ -340,6 +326,15 @@ class Config(Section):
     def has_centers(self) -> bool:
         """True for one backbone against class centers, False for image and text towers."""
         return self.loss.name in CENTER_LOSSES
+
+    @property
+    def eval_tasks(self) -> tuple[Task, ...]:
+        """`eval.tasks`; where none is named, what such a model is judged by."""
+        if self.eval.tasks:
+            return self.eval.tasks
+        if not self.has_centers:
+            return ("retrieval",)
+        return ("recall", "verification") if self.eval.pairs else ("recall",)
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:

@@ -1,4 +1,4 @@
-"""The towers over an evaluation set, then the tasks that were asked for."""
+"""The model over an evaluation set, then the tasks that were asked for."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,16 @@ from data.loader import EvalBatch
 from trainer.collectives import sum_over_ranks
 from trainer.config import ConfigError, EvalConfig
 from trainer.evaluate.classes import ClassNames, load_class_names, merge_class_names
+from trainer.evaluate.image_tasks import (
+    evaluate_all_pairs,
+    evaluate_identification,
+    evaluate_ijb,
+    evaluate_recall,
+    evaluate_verification,
+)
 from trainer.evaluate.retrieval import retrieval
+from trainer.evaluate.roc import Curve
+from trainer.evaluate.subject import Subject, Tables
 from trainer.evaluate.towers import Embedded, Tokenizer, Towers
 from trainer.evaluate.zero_shot import zero_shot
 from trainer.ranks import Ranks
@@ -21,11 +30,13 @@ from trainer.ranks import Ranks
 def evaluate(
     model: nn.Module,
     batches: Iterable[EvalBatch],  # this rank's, perhaps none
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,  # None: no task is about texts
     config: EvalConfig,
     ranks: Ranks,
     *,
     autocast: torch.dtype | None = None,  # bfloat16, float16; None: float32
+    tables: Tables | None = None,
+    curves: dict[str, Curve] | None = None,  # gets the ROC of each task that has one
 ) -> dict[str, float]:
     """Plain numbers of `config.tasks` over all samples of all ranks; the same dict on every rank.
 
@@ -33,7 +44,7 @@ def evaluate(
     model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do not
     fit, DataError when there is nothing to evaluate.
     """
-    towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast)
+    towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast, flip=config.flip)
     was_training = model.training
     model.eval()
     try:
@@ -43,46 +54,54 @@ def evaluate(
         if num_images == 0:
             raise DataError("there is no sample to evaluate")
         results: dict[str, float] = {"num_images": num_images, "num_bad": num_bad}
+        subject = Subject(
+            towers=towers,
+            embedded=embedded,
+            tokenizer=tokenizer,
+            config=config,
+            tables=tables or Tables(),
+            group=ranks.group,
+            curves={} if curves is None else curves,
+        )
         for task in config.tasks:
-            results |= TASKS[task](towers, embedded, tokenizer, config, ranks.group)
+            results |= TASKS[task](subject)
     finally:
         model.train(was_training)
     return results
 
 
-def evaluate_retrieval(
-    towers: Towers,
-    embedded: Embedded,
-    _tokenizer: Tokenizer,
-    _config: EvalConfig,
-    group: ProcessGroup | None,
-) -> dict[str, float]:
+def evaluate_retrieval(subject: Subject) -> dict[str, float]:
     """Captions against images and images against captions, all of the set."""
-    texts = towers.embed_texts(embedded.tokens)
+    embedded = subject.embedded
     return retrieval(
         embedded.images,
-        texts,
+        subject.towers.embed_texts(embedded.tokens),
         embedded.ids,
         embedded.owners,
-        group,
+        subject.group,
         caption_ids=embedded.caption_ids,
     )
 
 
-def evaluate_zero_shot(
-    towers: Towers,
-    embedded: Embedded,
-    tokenizer: Tokenizer,
-    config: EvalConfig,
-    group: ProcessGroup | None,
-) -> dict[str, float]:
+def evaluate_zero_shot(subject: Subject) -> dict[str, float]:
     """Images against class names in prompts."""
-    classes = find_classes(config, embedded, group)
-    embeddings, labels = towers.embed_classes(classes, config.templates, tokenizer)
-    return zero_shot(embedded.images, embedded.labels, embeddings, labels, group)
+    embedded, config = subject.embedded, subject.config
+    if subject.tokenizer is None:
+        raise ConfigError("eval.tasks: zero_shot needs a model with a text tower")
+    classes = find_classes(config, embedded, subject.group)
+    embeddings, labels = subject.towers.embed_classes(classes, config.templates, subject.tokenizer)
+    return zero_shot(embedded.images, embedded.labels, embeddings, labels, subject.group)
 
 
-TASKS = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
+TEXT_TASKS = {"retrieval": evaluate_retrieval, "zero_shot": evaluate_zero_shot}
+IMAGE_TASKS = {
+    "recall": evaluate_recall,
+    "verification": evaluate_verification,
+    "identification": evaluate_identification,
+    "all_pairs": evaluate_all_pairs,
+    "ijb": evaluate_ijb,
+}
+TASKS = TEXT_TASKS | IMAGE_TASKS
 
 
 def find_classes(

@@ -1,10 +1,11 @@
-"""The towers over an evaluation set: every rank embeds its own batches, in step with the others."""
+"""A model over an evaluation set: every rank embeds its own batches, in step with the others."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.loader import EvalBatch
@@ -21,6 +22,7 @@ class Embedded:
     """This rank's samples: images as embeddings, captions as they came."""
 
     images: Tensor  # (n, d) unit rows
+    norms: Tensor  # (n,) what the model gave them as length
     ids: Tensor  # (n,)
     labels: Tensor  # (n,)
     tokens: list[Tensor]  # (m, T) in all, a batch's together
@@ -33,17 +35,25 @@ class Embedded:
 class Towers:
     """A model that embeds without gradient, the same number of times on every rank.
 
-    ZeRO stage 3 gathers parameters in every forward pass, so a rank that has nothing left embeds
-    a row of zeros and drops the answer.
+    Image and text towers, or one backbone for images. `flip` adds to each image's row that of its
+    mirror image. ZeRO stage 3 gathers parameters in every forward pass, so a rank that has nothing
+    left embeds a row of zeros and drops the answer.
     """
 
     def __init__(
-        self, model: nn.Module, ranks: Ranks, *, batch_size: int, autocast: torch.dtype | None
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        *,
+        batch_size: int,
+        autocast: torch.dtype | None,
+        flip: bool = False,
     ) -> None:
         self._model = model
         self._ranks = ranks
         self._batch_size = batch_size
         self._autocast = autocast
+        self._flip = flip
 
     def embed(self, batches: Iterable[EvalBatch]) -> Embedded:
         """All images of this rank's batches; tokens are kept for `embed_texts`."""
@@ -62,14 +72,15 @@ class Towers:
                 num_bad += len(batch.bad)
                 yield batch.images
 
-        images = self._run(iter_images(), lambda rows: self._model(rows, None).images, torch.uint8)
+        rows = self._run(iter_images(), self._image_rows, torch.uint8)
         nothing = torch.zeros(0, dtype=torch.int64)
         ids, labels, owners, caption_ids = (
             torch.cat([nothing, *(column[i] for column in columns)]).to(self._ranks.device)
             for i in range(4)
         )
         return Embedded(
-            images=images,
+            images=F.normalize(rows, dim=1),
+            norms=torch.linalg.vector_norm(rows, dim=1),
             ids=ids,
             labels=labels,
             tokens=[column[4] for column in columns],
@@ -105,6 +116,11 @@ class Towers:
             embeddings[place] = class_embedding(part)
         labels = torch.tensor([classes[number].label for number in here], dtype=torch.int64)
         return embeddings, labels.to(rows.device)
+
+    def _image_rows(self, images: Tensor) -> Tensor:
+        """What the model's answer begins with, whichever kind of model it is."""
+        rows: Tensor = self._model(images)[0].float()
+        return rows + self._model(images.flip(-1))[0].float() if self._flip else rows
 
     def _run(
         self, chunks: Iterable[Tensor], tower: Callable[[Tensor], Tensor], dtype: torch.dtype
