@@ -5,6 +5,7 @@ every operation runs on a tile that stays in the cache before the next tile is r
 and written once, and what is needed beside the tables is the size of a tile.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -146,6 +147,8 @@ def keep_in_bounds(rows: Tensor, bounds: tuple[float, float]) -> None:
 
     A row of length zero has no direction and stays zero.
     """
+    if bounds == (0.0, math.inf):
+        return
     lengths = torch.linalg.vector_norm(rows, dim=1)
     bounded = lengths.clamp(*bounds)
     if rows.device.type == "cpu" and bool((bounded == lengths).all()):
