@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -50,6 +51,20 @@ class HashingFile:
         return self._size, self._digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class RowStream:
+    """A tensor to be written that is never whole in memory: its rows, some at a time."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Iterator[Tensor]  # each (k, *shape[1:]), shape[0] rows in all
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_file(path: Path, item: Any) -> tuple[int, str]:
     """Write `item` as its ending says, flush it to the disk; its (size, SHA-256 in hex)."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +85,7 @@ def write_file(path: Path, item: Any) -> tuple[int, str]:
     return hashing.record()
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], hashing: HashingFile) -> None:
+def _write_tensors(tensors: Mapping[str, Tensor | RowStream], hashing: HashingFile) -> None:
     """The safetensors format, a piece at a time: its own writers copy everything first."""
     header: dict[str, Any] = {}
     end = 0
@@ -84,11 +99,23 @@ def _write_tensors(tensors: Mapping[str, Tensor], hashing: HashingFile) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     hashing.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        flat = tensor.detach().contiguous().flatten()
-        step = max(1, _PIECE // max(1, flat.element_size()))
-        for piece in flat.split(step) if len(flat) else ():
-            hashing.write(memoryview(piece.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            _write_pieces(tensor, hashing)
+            continue
+        missing = tensor.nbytes
+        for block in tensor.blocks:
+            _write_pieces(block.to(tensor.dtype), hashing)
+            missing -= block.numel() * tensor.dtype.itemsize
+        if missing:
+            raise RuntimeError(f"{name}: {missing} bytes of {tensor.nbytes} were not given")
+
+
+def _write_pieces(tensor: Tensor, hashing: HashingFile) -> None:
+    flat = tensor.detach().contiguous().flatten()
+    step = max(1, _PIECE // max(1, flat.element_size()))
+    for piece in flat.split(step) if len(flat) else ():
+        hashing.write(memoryview(piece.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -106,16 +133,22 @@ class TensorFile:
             size = int.from_bytes(file.read(8), "little")
             return cls(path, 8 + size, json.loads(file.read(size)))
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return _DTYPES[self.header[name]["dtype"]]
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor's first dimension, in memory of their own."""
         entry = self.header[name]
         shape = [stop - start, *entry["shape"][1:]]
-        out = torch.empty(shape, dtype=_DTYPES[entry["dtype"]])
+        out = torch.empty(shape, dtype=self.dtype(name))
         if out.numel():
             width = out.nbytes // len(out)
             with self.path.open("rb") as file:
                 file.seek(self.start + entry["data_offsets"][0] + start * width)
-                file.readinto(memoryview(out.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                read = file.readinto(memoryview(out.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            if read != out.nbytes:
+                raise OSError(f"{self.path}: ends inside {name}: {read} bytes of {out.nbytes}")
         return out
 
     def whole(self) -> dict[str, Tensor]:
