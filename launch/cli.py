@@ -96,29 +96,29 @@ def evaluate(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint in it.")],
-    out: Annotated[Path, typer.Argument(help="Folder (open_clip) or file (safetensors).")],
-    format: Annotated[str, typer.Option(help="open_clip or safetensors.")] = "open_clip",
+    out: Annotated[Path, typer.Argument(help="Folder (open_clip) or file (the others).")],
+    format: Annotated[
+        str, typer.Option(help="open_clip, safetensors, onnx; default: the first that fits.")
+    ] = "",
     ema: Annotated[bool, typer.Option(help="Averaged weights, where the run keeps some.")] = True,
+    pixels: Annotated[str, typer.Option("--input", help="ONNX: uint8 or float.")] = "uint8",
+    normalise: Annotated[bool, typer.Option(help="ONNX: mean and std inside the graph.")] = True,
+    flip: Annotated[bool, typer.Option(help="ONNX: add the mirror image's embedding.")] = False,
 ) -> None:
     """Write the weights for people without nsphere.
 
     Example: nsphere export runs/emoji exported/emoji, then in Python
     open_clip.create_model_and_transforms("local-dir:exported/emoji")
-    """
-    from trainer.checkpoint import find_checkpoint, load_checkpoint_config, load_weights
-    from trainer.export import export_open_clip, export_safetensors
 
-    if format not in ("open_clip", "safetensors"):
-        _fail(f"--format={format}: choose open_clip or safetensors")
-    checkpoint = find_checkpoint(source)
-    weights, config = load_weights(checkpoint, ema=ema), load_checkpoint_config(checkpoint)
-    if format == "open_clip":
-        export_open_clip(weights, config.model, out, loss_name=config.loss.name)
-        typer.echo(
-            f'{checkpoint} -> {out}: open_clip.create_model_and_transforms("local-dir:{out}")'
-        )
-    else:
-        typer.echo(f"{checkpoint} -> {export_safetensors(weights, out)}")
+    Faces: nsphere export runs/faces faces.onnx --format onnx --flip
+    """
+    from trainer.export.formats import export_checkpoint
+    from trainer.export.onnx_file import OnnxOptions
+
+    if pixels not in ("uint8", "float"):
+        _fail(f"--input={pixels}: choose uint8 or float")
+    onnx = OnnxOptions(uint8=pixels == "uint8", normalise=normalise, flip=flip)
+    typer.echo(export_checkpoint(source, out, format, onnx, ema=ema))
 
 
 @app.command()

@@ -55,13 +55,17 @@ class FaceModel(nn.Module):
 
     def forward(self, images: Tensor) -> FaceEmbeddings:  # (n, 3, H, W) uint8
         """Embed; at least the rows are float32 whatever the backbone computes in."""
-        if self.training and len(images) < 2:
+        if self.training and len(images) == 1 and self._has_own_norms():
             raise ConfigError(
                 "a batch norm cannot train on a single image: start fewer ranks, or raise"
                 " train.global_batch_size or train.chunk_size"
             )
         dtype = next(self.backbone.parameters()).dtype
         return FaceEmbeddings(self.embed_pixels(normalise_pixels(images, MEAN, STD, dtype)))
+
+    def _has_own_norms(self) -> bool:
+        """True if a batch norm sees this rank's rows alone (`trainer/models/batch_norm.py`)."""
+        return any(type(module) is nn.BatchNorm1d for module in self.modules())
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:  # (n, 3, H, W) normalised -> (n, d)
         """Rows of pixels that are normalised already."""
