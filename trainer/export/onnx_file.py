@@ -73,7 +73,7 @@ def export_onnx(model: FaceModel | TwoTower, out: Path, options: OnnxOptions) ->
     part = out.with_name(f".{out.name}.part")
     try:
         _trace(graph, model.image_size, part)
-        _finish(part, _metadata(graph, options))
+        _finish(part, graph.embed_dim, _metadata(graph, options))
         parity = _compare(graph, model.image_size, part)
         if not parity.max_difference <= TOLERANCE * parity.max_value:
             raise ConfigError(f"{out} is not written: onnxruntime disagrees: {parity}")
@@ -164,7 +164,7 @@ def _metadata(graph: _ImageGraph, options: OnnxOptions) -> dict[str, str]:
     return {"input": f"RGB, {kind}", "output": rows}
 
 
-def _finish(path: Path, metadata: dict[str, str]) -> None:
+def _finish(path: Path, embed_dim: int, metadata: dict[str, str]) -> None:
     """Declare the output's width, drop the exporter's aliases of constants, say what goes in.
 
     The aliases would stand first in the graph, where readers look for the normalisation.
@@ -184,6 +184,7 @@ def _finish(path: Path, metadata: dict[str, str]) -> None:
             node.input[i] = aliases.get(name, name)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = embed_dim
     for name, text in metadata.items():
         proto.metadata_props.add(key=name, value=text)
     onnx.checker.check_model(proto)
