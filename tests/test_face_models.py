@@ -21,7 +21,7 @@ from trainer.optim import build_optimizer, decayed_names, parameter_groups
 from trainer.ranks import Ranks
 
 SIZE = 32
-NAMES = ["iresnet18", "mobilefacenet", "timm:test_vit", "timm:test_resnet"]
+NAMES = ["iresnet18", "mobilefacenet", "vit_t", "timm:test_vit", "timm:test_resnet"]
 CPU = torch.device("cpu")
 
 
@@ -52,13 +52,17 @@ def unsettle(model, seed=1):
 
 # Parameters by hand from the published layer tables (insightface, recognition/arcface_torch);
 # 10^9 multiply-adds of convolutions and matrices at 112 pixels (its table: 2.62, 4.48, 6.33, 12.12,
-# 0.45, which count norms and activations too).
+# 0.45, which count norms and activations too; transformers 1.5, 5.74, 11.42, 25.31).
 PUBLISHED = {
     "iresnet18": (24_025_600, 2.61),
     "iresnet34": (34_139_328, 4.46),
     "iresnet50": (43_590_848, 6.31),
     "iresnet100": (65_156_160, 12.09),
     "mobilefacenet": (2_059_520, 0.4375),
+    "vit_t": (19_137_792, 1.505),
+    "vit_s": (76_023_296, 5.747),
+    "vit_b": (113_833_472, 11.437),
+    "vit_l": (255_684_352, 25.338),
 }
 
 
@@ -75,7 +79,12 @@ def test_parameters_and_operations_are_the_published(name):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [*((name, SIZE) for name in NAMES), ("iresnet18", 56), ("mobilefacenet", 50), (NAMES[2], 48)],
+    [
+        *((name, SIZE) for name in NAMES),
+        ("iresnet18", 56),
+        ("mobilefacenet", 50),
+        ("timm:test_vit", 48),
+    ],
 )
 def test_rows_are_float32_at_any_image_size(name, size):
     model = build(name, image_size=size).eval()
@@ -194,9 +203,45 @@ def naive_mobilefacenet(w, x, depths):
     return naive_norm(w, "features.layers.3", x.flatten(1) @ w["features.layers.2.weight"].T)
 
 
+def naive_vit(w, x, depth):
+    """insightface's transformer without its fused projections; heads and patches by loops."""
+
+    def norm(at, x):
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return (x - mean) / (var + 1e-5).sqrt() * w[f"{at}.weight"] + w[f"{at}.bias"]
+
+    def batch_norm(at, x):
+        x = (x - w[f"{at}.running_mean"]) / (w[f"{at}.running_var"] + 2e-5).sqrt()
+        return x * w[f"{at}.weight"] + w[f"{at}.bias"]
+
+    kernel, size = w["patch_embed.proj.weight"], x.shape[2] // 9
+    patches = [
+        torch.einsum("nchw,dchw->nd", x[:, :, 9 * i : 9 * i + 9, 9 * j : 9 * j + 9], kernel)
+        for i in range(size)
+        for j in range(size)
+    ]
+    x = torch.stack(patches, 1) + w["patch_embed.proj.bias"] + w["pos_embed"]
+    head = x.shape[2] // 8
+    for block in range(depth):
+        at = f"blocks.{block}"
+        qkv = norm(f"{at}.norm1", x) @ w[f"{at}.attn.qkv.weight"].T
+        outs = []
+        for number in range(8):
+            q, k, v = (
+                part[..., number * head : (number + 1) * head] for part in qkv.chunk(3, dim=-1)
+            )
+            outs.append((q @ k.transpose(1, 2) / math.sqrt(head)).softmax(-1) @ v)
+        x = x + torch.cat(outs, -1) @ w[f"{at}.attn.proj.weight"].T + w[f"{at}.attn.proj.bias"]
+        y = norm(f"{at}.norm2", x) @ w[f"{at}.mlp.fc1.weight"].T + w[f"{at}.mlp.fc1.bias"]
+        x = x + y.clamp(0, 6) @ w[f"{at}.mlp.fc2.weight"].T + w[f"{at}.mlp.fc2.bias"]
+    x = norm("norm", x).reshape(len(x), -1) @ w["feature.0.weight"].T
+    return batch_norm("feature.3", batch_norm("feature.1", x) @ w["feature.2.weight"].T)
+
+
 @pytest.mark.parametrize(
     ("name", "naive", "depths"),
     [
+        ("vit_t", naive_vit, 12),
         ("iresnet18", naive_iresnet, (2, 2, 2, 2)),
         ("mobilefacenet", naive_mobilefacenet, (1, 4, 6, 2)),
     ],
@@ -288,6 +333,30 @@ def test_dropout_becomes_keyed(name):
     assert not torch.equal(rows[0], rows[2])
 
 
+def test_patches_left_out_of_a_vit_are_keyed_and_stood_for():
+    model = build("vit_t", patch_dropout=0.5, image_size=36)
+    make_dropout_keyed(model)
+    lengths = []
+    model.backbone.blocks[0].register_forward_hook(
+        lambda _, args, __: lengths.append(args[0].shape)
+    )
+    with pytest.raises(ValueError, match="row keys"):
+        model(pixels(4, 36))
+    keys = row_keys(3, torch.arange(4))
+    use_row_keys(model, keys)
+    tokens = model.backbone.forward_features(pixels(4, 36).float())
+    assert lengths == [(4, 8, 256)]
+    masked = (tokens == model.backbone.mask_token).all(-1)
+    assert masked.sum(1).tolist() == [8] * 4
+    tokens.sum().backward()
+    assert float(model.backbone.mask_token.grad.abs().sum()) > 0
+    use_row_keys(model, keys[2:])  # the same patches of the same samples in another chunk
+    again = model.backbone.forward_features(pixels(4, 36)[2:].float())
+    torch.testing.assert_close(again, tokens[2:], rtol=1e-4, atol=1e-4)
+    assert not build("vit_t").backbone.mask_token.requires_grad
+    assert model.eval().backbone.forward_features(pixels(1, 36).float()).shape == (1, 16, 256)
+
+
 def test_stochastic_depth_of_a_timm_model_is_keyed():
     model = build("timm:test_vit", drop_path=0.5, patch_dropout=0.25)
     make_dropout_keyed(model)
@@ -312,7 +381,7 @@ def step(name, **fields):
 
 @pytest.mark.parametrize("name", [*NAMES, "timm:test_efficientnet"])
 def test_recomputing_changes_nothing_and_moves_statistics_once(name):
-    drop_path = 0.5 if name in ("timm:test_vit", "timm:test_resnet") else 0.0
+    drop_path = 0.5 if name in ("vit_t", "timm:test_vit", "timm:test_resnet") else 0.0
     rows, gradients, buffers = step(name, drop_path=drop_path)
     again = step(name, drop_path=drop_path, grad_checkpointing=True)
     assert torch.equal(again[0], rows)
@@ -486,6 +555,34 @@ def insightface_mobilefacenet(depths, d, size):
     return shapes | norm_shapes("features.layers.3", d)
 
 
+def insightface_vit(width, depth, d, size):
+    patches = (size // 9) ** 2
+    shapes = {
+        "pos_embed": (1, patches, width),
+        "mask_token": (1, 1, width),
+        "patch_embed.proj.weight": (width, 3, 9, 9),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "feature.0.weight": (width, width * patches),
+        "feature.2.weight": (d, width),
+        **norm_shapes("feature.1", width),
+        **norm_shapes("feature.3", d),
+    }
+    for block in range(depth):
+        at = f"blocks.{block}"
+        shapes[f"{at}.attn.qkv.weight"] = (3 * width, width)
+        for leaf, rows, columns in (
+            ("attn.proj", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):
+            shapes |= {f"{at}.{leaf}.weight": (rows, columns), f"{at}.{leaf}.bias": (rows,)}
+        for leaf in ("norm1", "norm2"):
+            shapes |= {f"{at}.{leaf}.weight": (width,), f"{at}.{leaf}.bias": (width,)}
+    return shapes
+
+
 def made_up(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -497,15 +594,23 @@ def made_up(shapes, seed=0):
 MADE_UP = {
     "iresnet18": insightface_iresnet((2, 2, 2, 2), 24, SIZE),
     "mobilefacenet": insightface_mobilefacenet((1, 4, 6, 2), 24, SIZE),
+    "vit_t": insightface_vit(256, 12, 24, SIZE),
 }
 
 
-@pytest.mark.parametrize("depth", ["iresnet50", "iresnet100"])
-def test_published_names_and_shapes_at_full_size(depth):
-    depths = {"iresnet50": (3, 4, 14, 3), "iresnet100": (3, 13, 30, 3)}[depth]
-    model = build_face_model(ModelConfig(name=depth), device="meta")
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("iresnet50", insightface_iresnet((3, 4, 14, 3), 512, 112)),
+        ("iresnet100", insightface_iresnet((3, 13, 30, 3), 512, 112)),
+        ("mobilefacenet", insightface_mobilefacenet((1, 4, 6, 2), 512, 112)),
+        ("vit_b", insightface_vit(512, 24, 512, 112)),
+    ],
+)
+def test_published_names_and_shapes_at_full_size(name, wanted):
+    model = build_face_model(ModelConfig(name=name), device="meta")
     found = {name: tuple(tensor.shape) for name, tensor in model.backbone.state_dict().items()}
-    assert found == insightface_iresnet(depths, 512, 112)
+    assert found == wanted
 
 
 @pytest.mark.parametrize("name", MADE_UP)
@@ -607,8 +712,8 @@ def test_a_timm_checkpoint_loads_but_for_its_classifier_and_our_neck(tmp_path, c
         ({"name": "timm:resnet18x"}, r"nearest: timm:resnet18"),
         ({"name": "ViT-B-32"}, r"no face backbone"),
         ({"image_size": 8}, r"model\.image_size = 8.*at least 16"),
-        ({"drop_path": 0.1}, r"model\.drop_path is for timm"),
-        ({"patch_dropout": 0.1}, r"model\.patch_dropout is for timm"),
+        ({"drop_path": 0.1}, r"model\.drop_path is for transformers"),
+        ({"patch_dropout": 0.1}, r"model\.patch_dropout is for transformers"),
         ({"name": "timm:test_resnet", "patch_dropout": 0.1}, r"model\.patch_dropout: timm's"),
         ({"name": "timm:levit_128s"}, "has no single last layer"),
         ({"name": "timm:test_vit", "image_size": 56}, r"image_size 56: .*patch size"),
@@ -654,7 +759,8 @@ def test_every_trainable_parameter_is_in_one_group(name, decay_set):
     assert sum(len(group["names"]) for group in groups) == len(trainable)
     matrices = {n for n, p in model.named_parameters() if p.ndim >= 2}
     if decay_set == "big_vision":
-        matrices = {n for n in matrices if not n.endswith(("pos_embed", "cls_token"))}
+        tables = ("pos_embed", "cls_token", "mask_token")
+        matrices = {n for n in matrices if not n.endswith(tables)}
     wanted = trainable if decay_set == "all" else matrices & trainable
     assert {n for n, d in decay.items() if d} == wanted
     assert decayed_names(model, decay_set) >= wanted
@@ -666,6 +772,7 @@ def test_every_trainable_parameter_is_in_one_group(name, decay_set):
     [
         ("iresnet18", ["conv1", "layer1.1.bn1", "layer2.0.conv2", "layer4.1.prelu", "fc"]),
         ("mobilefacenet", ["layers.0", "layers.3.layers.2", "layers.7", "conv_sep", "features"]),
+        ("vit_t", ["patch_embed", "blocks.0", "blocks.11", "feature"]),
         ("timm:test_vit", ["trunk.patch_embed", "trunk.blocks.1", "trunk.blocks.5", "trunk.head"]),
         ("timm:test_resnet", ["trunk.conv1", "trunk.layer1.0", "trunk.layer4.0", "neck"]),
     ],

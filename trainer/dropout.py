@@ -92,10 +92,27 @@ class KeyedPatchDropout(_Keyed):
         if not self.training or self.probability == 0.0:
             return x
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        num_kept = max(1, int(patches.shape[1] * (1.0 - self.probability)))
-        kept = self._uniform(patches.shape[:2]).topk(num_kept, dim=1).indices
+        kept = _draw_kept(self._uniform(patches.shape[:2]), self.probability)
         patches = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2]))
         return torch.cat([prefix, patches], dim=1)
+
+
+class KeyedPatchMask(_Keyed):
+    """Random patches left out, to be filled in later: (n, T, d) -> kept patches and their places.
+
+    Never anything but keyed; without row keys it cannot train. Places: (n, k), None where all stay.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.training or self.probability == 0.0:
+            return x, None
+        kept = _draw_kept(self._uniform(x.shape[:2]), self.probability)
+        return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2])), kept
+
+
+def _draw_kept(uniform: Tensor, probability: float) -> Tensor:  # (n, T) -> (n, k)
+    num_kept = max(1, int(uniform.shape[1] * (1.0 - probability)))
+    return uniform.topk(num_kept, dim=1).indices
 
 
 def make_dropout_keyed(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from trainer.config import ConfigError, ModelConfig
 from trainer.models.backbones.from_timm import PREFIX, TimmBackbone
 from trainer.models.backbones.iresnet import IResNet
 from trainer.models.backbones.mobilefacenet import MobileFaceNet
+from trainer.models.backbones.vit import FaceViT
 
 IMAGE_SIZE = 112  # of aligned faces, everywhere
 SMALLEST = 16
@@ -27,6 +28,13 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "iresnet200": partial(IResNet, (6, 26, 60, 6)),
     "mobilefacenet": MobileFaceNet,
     "mobilefacenet_large": partial(MobileFaceNet, (2, 8, 12, 4), widening=4),
+}
+TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
+    "vit_t": partial(FaceViT, 256, 12),
+    "vit_s": partial(FaceViT, 512, 12),
+    "vit_b": partial(FaceViT, 512, 24),
+    "vit_l": partial(FaceViT, 768, 24),
+    "vit_h": partial(FaceViT, 1024, 48),
 }
 
 
@@ -41,17 +49,22 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, tuple[int, int]]:
         backbone = TimmBackbone(config)
         size = config.image_size
         return backbone, (size, size) if size else backbone.image_size
-    _check_name(config.name, list(BACKBONES))
+    _check_name(config.name, [*BACKBONES, *TRANSFORMERS])
     size = config.image_size or IMAGE_SIZE
     if size < SMALLEST:
         raise ConfigError(
-            f"model.image_size = {size}: {config.name} halves the image four times; take at least"
-            f" {SMALLEST}"
+            f"model.image_size = {size} is too small for {config.name}; take at least {SMALLEST}"
         )
-    for option in ("drop_path", "patch_dropout"):
-        if getattr(config, option):
-            raise ConfigError(f"model.{option} is for timm's models; {config.name} has none")
-    return BACKBONES[config.name](
+    build = BACKBONES.get(config.name)
+    if build is None:
+        build = partial(
+            TRANSFORMERS[config.name],
+            drop_path=config.drop_path,
+            patch_dropout=config.patch_dropout,
+        )
+    else:
+        _check_convolutional(config)
+    return build(
         embedding_dim=config.embedding_dim,
         image_size=size,
         dropout=config.dropout,
@@ -59,9 +72,17 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, tuple[int, int]]:
     ), (size, size)
 
 
+def _check_convolutional(config: ModelConfig) -> None:
+    for option in ("drop_path", "patch_dropout"):
+        if getattr(config, option):
+            raise ConfigError(
+                f"model.{option} is for transformers and timm's models; {config.name} has none"
+            )
+
+
 def _check_name(name: str, known: list[str]) -> None:
     if name in known or (name.startswith(PREFIX) and name.partition(".")[0] in known):
         return  # timm's names may end in a tag of published weights
-    everything = [*BACKBONES, *(PREFIX + model for model in timm.list_models())]
+    everything = [*BACKBONES, *TRANSFORMERS, *(PREFIX + model for model in timm.list_models())]
     near = difflib.get_close_matches(name, everything, 3, 0.0)
     raise ConfigError(f"model.name = {name!r} is no face backbone; nearest: {', '.join(near)}")
