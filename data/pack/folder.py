@@ -9,7 +9,7 @@ import numpy as np
 
 from data.decode import image_size
 from data.errors import DataError
-from data.pack.writer import MAX_BYTES, MAX_SAMPLES, Packed, Progress, pack_iterable
+from data.pack.writer import MAX_BYTES, MAX_SAMPLES, LeftOut, Packed, Progress, pack_iterable
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
@@ -38,7 +38,7 @@ def pack_folder(
     if not paths:
         raise DataError(f"{root}: no image ({', '.join(IMAGE_ENDINGS)}) anywhere below")
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(paths))
-    left_out: list[str] = []
+    left_out = LeftOut()
     samples = _iter_samples(root, [paths[i] for i in order], captions, left_out)
     packed = pack_iterable(
         _unique(samples),
@@ -48,7 +48,7 @@ def pack_folder(
         total=len(paths),
         progress=progress,
     )
-    return replace(packed, left_out=tuple(left_out))
+    return replace(packed, left_out=left_out.told())
 
 
 def plain_key(name: str) -> str:
@@ -57,7 +57,7 @@ def plain_key(name: str) -> str:
 
 
 def _iter_samples(
-    root: Path, paths: list[Path], captions: str, left_out: list[str]
+    root: Path, paths: list[Path], captions: str, left_out: LeftOut
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     labels = {name: label for label, name in enumerate(sorted({p.parent.name for p in paths}))}
     for path in paths:
@@ -69,9 +69,9 @@ def _iter_samples(
             else _beside(path)
         )
         if image_size(image) == (0, 0):
-            left_out.append(f"{path}: not an image")
+            left_out.add(f"{path}: not an image")
         elif "txt" not in texts and "json" not in texts:
-            left_out.append(f"{path}: no {path.stem}.txt or .json beside it")
+            left_out.add(f"{path}: no {path.stem}.txt or .json beside it")
         else:
             key = plain_key(str(path.relative_to(root).with_suffix("")))
             yield key, {_ending(path): image, **texts}

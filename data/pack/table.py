@@ -8,18 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data.decode import image_size
 from data.errors import DataError
 from data.pack.folder import plain_key
-from data.pack.writer import MAX_BYTES, MAX_SAMPLES, Packed, Progress, pack_iterable
+from data.pack.images import image_part
+from data.pack.writer import MAX_BYTES, MAX_SAMPLES, LeftOut, Packed, Progress, pack_iterable
 
 Row = dict[str, Any]
-
-_ENDING_OF_MAGIC = (
-    (b"\xff\xd8", "jpg"),
-    (b"\x89PNG", "png"),
-    (b"RIFF", "webp"),
-)
 
 
 def pack_table(
@@ -44,19 +38,16 @@ def pack_table(
     does not exist and when nothing is left.
     """
     path = Path(table)
-    columns, total, rows = _open_table(path)
     wanted = [image_column, caption_column, label_column, key_column, *json_columns]
-    for column in filter(None, wanted):
-        if column not in columns:
-            raise DataError(f"{path}: no column {column!r}; the columns are {', '.join(columns)}")
-    left_out: list[str] = []
+    total, rows = open_table(path, [column for column in wanted if column])
+    left_out = LeftOut()
 
     def samples() -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(rows):
             try:
-                parts = _image(row[image_column], path.parent) | _caption(row[caption_column])
+                parts = row_image(row[image_column], path.parent) | _caption(row[caption_column])
             except DataError as error:
-                left_out.append(f"{path} row {number}: {error}")
+                left_out.add(f"{path} row {number}: {error}")
                 continue
             if label_column:
                 parts["cls"] = str(row[label_column])
@@ -73,24 +64,34 @@ def pack_table(
         total=total,
         progress=progress,
     )
-    return replace(packed, left_out=tuple(left_out))
+    return replace(packed, left_out=left_out.told())
 
 
-def _open_table(path: Path) -> tuple[list[str], int, Iterator[Row]]:
-    """Column names, number of rows (0: unknown) and the rows."""
+def open_table(path: Path, wanted: Sequence[str]) -> tuple[int, Iterator[Row]]:
+    """Number of rows (0: unknown) and the rows, of Parquet with the wanted columns only.
+
+    Raises DataError for a wanted column that does not exist.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such table")
     ending = path.suffix.lower()
     if ending == ".parquet":
         file = pq.ParquetFile(path)
-        rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
-        return file.schema_arrow.names, file.metadata.num_rows, rows
+        _check_columns(path, file.schema_arrow.names, wanted)
+        batches = file.iter_batches(batch_size=256, columns=list(dict.fromkeys(wanted)))
+        return file.metadata.num_rows, (row for batch in batches for row in batch.to_pylist())
     if ending not in (".csv", ".tsv"):
         raise DataError(f"{path}: a table is .csv, .tsv or .parquet")
     delimiter = "\t" if ending == ".tsv" else ","
     with path.open(newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file, delimiter=delimiter), [])
-    return columns, 0, _iter_csv(path, delimiter)
+        _check_columns(path, next(csv.reader(file, delimiter=delimiter), []), wanted)
+    return 0, _iter_csv(path, delimiter)
+
+
+def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    for column in wanted:
+        if column not in columns:
+            raise DataError(f"{path}: no column {column!r}; the columns are {', '.join(columns)}")
 
 
 def _iter_csv(path: Path, delimiter: str) -> Iterator[Row]:
@@ -98,7 +99,8 @@ def _iter_csv(path: Path, delimiter: str) -> Iterator[Row]:
         yield from csv.DictReader(file, delimiter=delimiter)
 
 
-def _image(value: Any, folder: Path) -> dict[str, Any]:
+def row_image(value: Any, folder: Path) -> dict[str, Any]:
+    """The image member of a row: a path below `folder`, bytes, or Hugging Face's struct."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value:
@@ -106,12 +108,7 @@ def _image(value: Any, folder: Path) -> dict[str, Any]:
             value = (folder / value).read_bytes()
         except OSError as error:
             raise DataError(f"{value}: {error.strerror}") from None
-    if not isinstance(value, bytes) or image_size(value) == (0, 0):
-        raise DataError("no image")
-    endings = [ending for magic, ending in _ENDING_OF_MAGIC if value.startswith(magic)]
-    if not endings:
-        raise DataError("an image of another kind than JPEG, PNG and WebP")
-    return {endings[0]: value}
+    return dict(image_part(value if isinstance(value, bytes) else b""))
 
 
 def _caption(value: Any) -> dict[str, Any]:

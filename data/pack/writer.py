@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from data.errors import DataError
 from data.remote import FileStore
@@ -27,6 +27,17 @@ Progress = Callable[[int, int], None]
 MAX_SAMPLES = 10_000
 MAX_BYTES = 1 << 30
 _PROGRESS_EVERY = 100
+_LISTED = 1000
+
+
+class ShardLimits(NamedTuple):
+    """Where a shard ends."""
+
+    max_samples: int = MAX_SAMPLES
+    max_bytes: int = MAX_BYTES
+
+
+LIMITS = ShardLimits()
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,28 @@ class Packed:
     num_samples: int
     left_out: tuple[str, ...] = ()
     """One line for each input that gave no sample, with the reason."""
+    num_identities: int = 0
+    """Identities of these samples, 0 where they have none."""
+
+
+class LeftOut:
+    """Inputs that gave no sample: the first are told one by one, the rest is counted."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._num_more = 0
+
+    def add(self, line: str) -> None:
+        """One input and its reason."""
+        if len(self._lines) < _LISTED:
+            self._lines.append(line)
+        else:
+            self._num_more += 1
+
+    def told(self) -> tuple[str, ...]:
+        """All lines, the last one with the count."""
+        more = (f"and {self._num_more:,} more",) if self._num_more else ()
+        return (*self._lines, *more)
 
 
 class ShardWriter:
