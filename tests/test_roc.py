@@ -13,6 +13,7 @@ from trainer.evaluate.roc import (
     Roc,
     count_allowed,
     fold_accuracy,
+    folds_in_order,
     name_share,
     tar_numbers,
     write_curves,
@@ -103,7 +104,8 @@ def test_folds_equal_the_naive_protocol(count, seed, levels):
         expected = metric_oracles.fold_accuracy(scores.tolist(), same.tolist(), 10, tried)
         if grid and any(abs(2 - 2 * s - d) < 1e-9 for s in scores for d in GRID):
             continue  # a distance on the grid itself: rounding decides, in the oracle too
-        assert fold_accuracy(scores, same, grid=grid) == pytest.approx(expected, abs=1e-12)
+        runs = np.array_split(np.arange(count), 10)
+        assert fold_accuracy(scores, same, runs, grid=grid) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_grid_is_the_published_protocol():
@@ -115,20 +117,45 @@ def test_the_grid_is_the_published_protocol():
         right = [((distances[train] < t) == same[train]).mean() for t in np.arange(0, 4, 0.01)]
         chosen = np.arange(0, 4, 0.01)[int(np.argmax(right))]
         accuracies.append(((distances[test] < chosen) == same[test]).mean())
-    mean, std = fold_accuracy(scores, same, grid=True)
+    folds, by_kind = folds_in_order(same)
+    assert not by_kind
+    mean, std = fold_accuracy(scores, same, folds, grid=True)
     assert mean == pytest.approx(np.mean(accuracies), abs=1e-12)
     assert std == pytest.approx(np.std(accuracies), abs=1e-12)
-    exact, _ = fold_accuracy(scores, same, grid=False)
+    exact, _ = fold_accuracy(scores, same, folds, grid=False)
     assert abs(exact - mean) < 0.02
 
 
 def test_folds_with_broken_scores():
     same = np.arange(40) % 2 == 0
     scores = np.where(same, 0.5, np.nan)
-    assert fold_accuracy(scores, same, grid=False) == (1.0, 0.0)
-    assert fold_accuracy(scores, same, grid=True) == (1.0, 0.0)
+    folds, _ = folds_in_order(same)
+    assert fold_accuracy(scores, same, folds, grid=False) == (1.0, 0.0)
+    assert fold_accuracy(scores, same, folds, grid=True) == (1.0, 0.0)
     nothing = np.full(40, np.nan)
-    assert fold_accuracy(nothing, same, grid=False) == (0.5, 0.0)
+    assert fold_accuracy(nothing, same, folds, grid=False) == (0.5, 0.0)
+
+
+def test_a_table_sorted_by_kind_is_cut_by_kind():
+    """Otherwise the threshold of a fold of genuine pairs is chosen on too many impostors."""
+    lfw = np.tile(np.repeat([True, False], 300), 10)
+    runs, by_kind = folds_in_order(lfw)
+    assert not by_kind and [(run[0], len(run)) for run in runs[:2]] == [(0, 600), (600, 600)]
+    kinds = [np.array_split(np.flatnonzero(kind), 10) for kind in (lfw, ~lfw)]
+    for run, *parts in zip(runs, *kinds, strict=True):
+        assert run.tolist() == sorted(np.concatenate(parts).tolist()), "both ways are the same"
+    same = np.arange(1000) < 500
+    folds, by_kind = folds_in_order(same)
+    assert by_kind and [same[fold].sum() for fold in folds] == [50] * 10
+    assert sorted(np.concatenate(folds).tolist()) == list(range(1000))
+    scores, _ = scored_pairs(1000, 4)
+    scores = np.where(same, scores + 0.1, scores)
+    accuracy, _ = fold_accuracy(scores, same, folds, grid=False)
+    assert (
+        accuracy > 0.5 > fold_accuracy(scores, same, np.split(np.arange(1000), 10), grid=False)[0]
+    )
+    few = np.arange(12) < 1
+    assert sorted(np.concatenate(folds_in_order(few)[0]).tolist()) == list(range(12))
 
 
 def test_names_of_numbers_and_the_file_of_curves(tmp_path):

@@ -312,10 +312,13 @@ def to_universal(folder: Path, out: Path) -> None:
 
 def read_weights(folder: Path, stage: int) -> dict[str, Tensor]:
     """Whole float32 weights out of `folder/deepspeed`, in one process, at any stage."""
-    if stage == 0:
+    weights: dict[str, Tensor] = {}
+    if stage > 0:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
+    if stage < 2:  # at stage 1 DeepSpeed's reader leaves out what is frozen
         path = folder / TAG / "mp_rank_00_model_states.pt"
         # DeepSpeed's files hold its own classes; the manifest's checksums vouch for them.
         saved = torch.load(path, map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in saved["module"].items()}
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
+        weights = {name: tensor.float() for name, tensor in saved["module"].items()} | weights
+    return weights

@@ -18,6 +18,7 @@ from trainer.metrics import read_metrics
 MAX_POINTS = 1000  # of a line: more cannot be seen
 SMOOTHING_SHARE = 0.01  # time constant of the smoothed line, as a share of the run
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#4a5568", "#2c7a7b")
+NO_SCORES = ("flip", "_std", "_error", "_low", "_high", "_by_kind", "_grid", "_MAP@R")
 DASHES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -174,7 +175,7 @@ def _draw_evaluations(axes: Axes, log: RunLog) -> bool:
     if len(log.evaluations) < 2:
         return False
     steps = np.array([line["step"] for line in log.evaluations], dtype=np.float64)
-    names = [name for name in log.evaluation_names() if not name.startswith("num_")]
+    names = [name for name in log.evaluation_names() if _is_score(name)]
     tasks = list(dict.fromkeys(name.rpartition("_")[0] for name in names))
     used = [0] * len(tasks)  # a color for what belongs together, a dash for each number of it
     for name in names:
@@ -191,6 +192,11 @@ def _draw_evaluations(axes: Axes, log: RunLog) -> bool:
         used[task] += 1
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     return _finish(axes, steps, steps, from_zero=True)
+
+
+def _is_score(name: str) -> bool:
+    """Counts, options and what says how sure a score is are in the table alone."""
+    return not name.startswith("num_") and not name.endswith(NO_SCORES)
 
 
 Draw = Callable[[Axes, RunLog], bool]

@@ -21,8 +21,8 @@ from trainer.evaluate.image_tasks import load_tables
 from trainer.evaluate.roc import Curve, write_curves
 from trainer.evaluate.subject import Tables
 from trainer.evaluate.verification import Pairs
-from trainer.export import load_towers
-from trainer.objectives import Model, build_model
+from trainer.export import load_faces, load_towers
+from trainer.objectives import Model
 from trainer.ranks import Ranks
 from trainer.samples import Progress
 
@@ -108,17 +108,9 @@ def load_model(
 
     Raises ConfigError naming the first keys that do not fit the configuration.
     """
-    if not config.has_centers:
-        return load_towers(weights, config.model, loss_name=config.loss.name, device=device)
-    model = build_model(config, device=device, load_weights=False)
-    try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[1:2] or [str(error)]
-        raise ConfigError(
-            f"the weights are not those of {config.model.name}: {first[0].strip()[:300]}"
-        ) from None
-    return model.eval()
+    if config.has_centers:
+        return load_faces(weights, config.model, device=device)
+    return load_towers(weights, config.model, loss_name=config.loss.name, device=device)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
+Places = NDArray[np.int64]
 
 GRID = np.arange(0, 4, 0.01)
 """Squared distances of unit rows that published 10-fold accuracies try as thresholds."""
@@ -116,22 +117,37 @@ def distinct(points: Curve) -> list[Point]:
     return [p for i, p in enumerate(points) if i == 0 or p.bound != points[i - 1].bound]
 
 
+def folds_in_order(same: Bools, num_folds: int = 10) -> tuple[list[Places], bool]:
+    """Runs of the file's order, as equal as they can be; and whether they were cut by kind.
+
+    A table sorted by kind would have folds of one kind, whose threshold is chosen on too many of
+    the other: there, each fold is a run of the genuine pairs and a run of the impostors. Where
+    runs hold both in equal numbers, as in LFW's tables, the two ways are the same.
+    """
+    runs = np.array_split(np.arange(len(same)), num_folds)
+    if all(0 < same[run].sum() < len(run) for run in runs):
+        return runs, False
+    kinds = [np.array_split(np.flatnonzero(kind), num_folds) for kind in (same, ~same)]
+    folds = [np.sort(np.concatenate(parts)) for parts in zip(*kinds, strict=True)]
+    return [fold for fold in folds if len(fold)], True
+
+
 def fold_accuracy(
     scores: Floats,  # (P,) cosines
     same: Bools,  # (P,)
+    folds: Sequence[Places],
     *,
     grid: bool,
-    num_folds: int = 10,
 ) -> tuple[float, float]:
     """Mean and standard deviation over folds of the share of pairs told right.
 
-    Folds are runs of the file's order, as equal as they can be. The threshold is the best one of
-    the other folds, of equals the strictest: among all of them (midway between two neighbouring
-    scores), or with `grid` among squared distances 0, 0.01, ... 3.99, as published figures do.
+    The threshold is the best one of the other folds, of equals the strictest: among all of them
+    (midway between two neighbouring scores), or with `grid` among squared distances 0, 0.01, ...
+    3.99, as published figures do.
     """
     scores = below_all(scores.astype(np.float64))
     right = []
-    for fold in np.array_split(np.arange(len(scores)), num_folds):
+    for fold in folds:
         others = np.ones(len(scores), bool)
         others[fold] = False
         accept = _accept_on_grid if grid else _accept_above
@@ -188,6 +204,7 @@ def write_curves(path: Path, curves: dict[str, Curve]) -> None:
         for name, points in curves.items()
         for point in points
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     beside.replace(path)

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from data.errors import DataError
 from trainer.evaluate.fetch import pair_cosines
-from trainer.evaluate.roc import Roc, fold_accuracy, tar_numbers
+from trainer.evaluate.roc import Roc, fold_accuracy, folds_in_order, tar_numbers
 
 NUM_FOLDS = 10
 
@@ -46,21 +46,24 @@ def verification(
     """Accuracy, AUC, EER and TAR at FAR of the pairs' cosines; equal on every rank.
 
     `verification_accuracy` chooses among all thresholds, `..._grid` among the published ones
-    (`fold_accuracy`); folds are ten runs of the file's order. Pairs with an image that could not
-    be read are left out and counted. Raises DataError when too few are left. Collective.
+    (`fold_accuracy`). Folds are ten runs of the file's order, or of each kind's where the file is
+    sorted by kind (`folds_in_order`, `verification_folds_by_kind` = 1). Pairs with an image that
+    could not be read are left out and counted. Raises DataError when too few are left. Collective.
     """
     cosines, present = pair_cosines(rows, ids, pairs.samples, group)
     left = Pairs(pairs.samples[present], pairs.same[present], pairs.origin)
     left.check()
     cosines = cosines[present]
     roc = Roc.of(cosines, left.same)
-    exact, exact_std = fold_accuracy(cosines, left.same, grid=False, num_folds=NUM_FOLDS)
-    grid, grid_std = fold_accuracy(cosines, left.same, grid=True, num_folds=NUM_FOLDS)
+    folds, by_kind = folds_in_order(left.same, NUM_FOLDS)
+    exact, exact_std = fold_accuracy(cosines, left.same, folds, grid=False)
+    grid, grid_std = fold_accuracy(cosines, left.same, folds, grid=True)
     numbers = {
         "verification_accuracy": exact,
         "verification_accuracy_std": exact_std,
         "verification_accuracy_grid": grid,
         "verification_accuracy_grid_std": grid_std,
+        "verification_folds_by_kind": int(by_kind),
         "verification_AUC": roc.auc(),
         "verification_EER": roc.eer(),
         **tar_numbers("verification", roc, fars),
