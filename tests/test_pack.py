@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data import scan
 from data.errors import DataError
 from data.index import build_index, load_index
+from data.pack import writer
 from data.pack.folder import pack_folder
 from data.pack.scenes import CLASSES, COLORS, iter_scenes
 from data.pack.table import pack_table
@@ -82,6 +85,17 @@ def test_the_index_beside_a_shard_is_what_a_scan_gives(tmp_path, monkeypatch):
     assert written.entries(ids) == scanned.entries(ids)
     assert written.fingerprint == scanned.fingerprint
     assert written.problems == () and written.column("width").tolist() == [32] * 9
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.text(st.sampled_from("ab/._-0\u00e4"), min_size=1, max_size=130),
+    size=st.one_of(st.integers(0, 2**34), st.integers(8**11 - 3, 8**11 + 3)),
+)
+def test_headers_are_tarfiles(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert writer._header(name, size) == info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 @pytest.mark.parametrize("key", ["n" * 200, ("d" * 60 + "/") * 5 + "k", "d\u00e9j\u00e0 vu/\u56fe"])

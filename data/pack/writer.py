@@ -252,9 +252,35 @@ def _members(key: str, parts: Parts, keys: Keys) -> list[tuple[str, bytes, bytes
 
 
 def _header(name: str, size: int) -> bytes:
+    raw = name.encode("utf-8", "surrogateescape")
+    if len(raw) > _NAME_BYTES or not raw.isascii() or size > _PLAIN_SIZE:
+        return _tarfile_header(name, size)
+    # tarfile takes 50 us for what differs in two fields and their sum.
+    digits = b"%011o" % size
+    checksum = _BLANK_SUM + sum(raw) + sum(digits)
+    return b"".join(
+        (
+            raw.ljust(_NAME_BYTES, b"\0"),
+            _BLANK[_NAME_BYTES:124],
+            digits,
+            _BLANK[135:148],
+            b"%06o\0 " % checksum,
+            _BLANK[156:],
+        )
+    )
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+_NAME_BYTES = 100
+_PLAIN_SIZE = 8**11 - 1
+_BLANK = _tarfile_header("", 0)
+# Without its size, and its checksum counted as blanks.
+_BLANK_SUM = sum(_BLANK) - sum(_BLANK[124:135]) - sum(_BLANK[148:156]) + 8 * ord(" ")
 
 
 def _payload(name: str, value: Any) -> bytes:
