@@ -224,9 +224,9 @@ class Loop:
     def _evaluate(self, state: TrainState) -> None:
         if self.validation is None:
             return
-        average_buffers(self.model, self.ranks)
         if self.average is not None:
             self.average.swap()
+        average_buffers(self.model, self.ranks)
         results = self.validation(self.engine.forward_model())
         if self.average is not None:
             self.average.swap()

@@ -8,7 +8,7 @@ reduced when the last chunk is done.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from data.loader import Batch
 from trainer.dropout import row_keys, use_row_keys
 from trainer.engine import Engine, StepResult
 from trainer.metrics import StepClock
+from trainer.models.recompute import statistics_kept
 from trainer.objectives import Objective, Outputs
 
 
@@ -46,7 +47,7 @@ class Stepper:
         """Train on this rank's rows of global batch `step`."""
         chunks = list(self._chunks(batch))
         cached = len(chunks) > 1
-        with torch.no_grad() if cached else nullcontext():
+        with self._first_pass() if cached else nullcontext():
             parts = [self._embed(chunk, step, i) for i, chunk in enumerate(chunks)]
         leaves = _leaves(parts)
         self.clock.mark("towers")
@@ -66,6 +67,12 @@ class Stepper:
         self.objective.after_step(learning_rate, applied=result.applied)
         self.clock.mark("optimizer")
         return StepOutput(loss.detach(), result, tuple(leaf.detach() for leaf in leaves))
+
+    @contextmanager
+    def _first_pass(self) -> Iterator[None]:
+        """No graph; batch norms' averages move in the second pass alone."""
+        with torch.no_grad(), statistics_kept(self.engine.model):
+            yield
 
     def _chunks(self, batch: Batch) -> "Iterator[_Chunk]":
         keys = row_keys(self.seed, batch.positions.to(self.device))

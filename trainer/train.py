@@ -22,6 +22,7 @@ from trainer.ema import WeightAverage
 from trainer.engine import Engine
 from trainer.loop import Loop, Plan
 from trainer.metrics import MetricsWriter, StepClock
+from trainer.models.batch_norm import make_batch_norm_global
 from trainer.objectives import Model, Objective, build_model, build_objective
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.ranks import Ranks
@@ -114,10 +115,12 @@ def _restore(
         _check_same_data(state, samples, found)
     model = build_model(config, device=ranks.device, load_weights=found is None)
     make_dropout_keyed(model)
+    if config.model.global_batch_norm:
+        make_batch_norm_global(model, ranks.group)
     optimizer = build_optimizer(parameter_groups(model, config.optim), config.optim, ranks.device)
     converted = state.zero_stage > 0 and state.world_size != ranks.world_size
     engine = Engine(model, optimizer, config, ranks, universal=converted)
-    average = WeightAverage(engine, config.train.ema) if config.train.ema else None
+    average = WeightAverage(engine, config.train.ema, ranks) if config.train.ema else None
     if found is not None:
         with portable(found, ranks, convert=converted) as folder:
             engine.load(folder, state.engine)
