@@ -36,6 +36,7 @@ def test_a_killed_run_goes_on_with_its_centers(tmp_path, first, then, stage, cen
         "train": {"duration": f"{STEPS} steps", "ema": 0.9},
         "checkpoint": {"every": "3 steps"},
         "model": {"dropout": 0.1},
+        "optim": {"name": "sgd", "lr": 0.03} if stage != 1 else {},  # AdamW at stage 1
     }
     config = face_config(tmp_path, **sections)
     run_ranks(first, train_rank, config, str(tmp_path / "whole"))

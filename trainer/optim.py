@@ -16,6 +16,7 @@ from trainer.config import ConfigError, OptimConfig
 from trainer.models.faces import FaceModel
 from trainer.models.layers import Layer, parameter_layers
 from trainer.models.towers import TwoTower
+from trainer.momentum_sgd import MomentumSGD
 
 OPEN_CLIP_NOT_DECAYED = ("bn", "ln", "bias", "logit_scale")  # its train.py, anywhere in a name
 KERNEL_LEAVES = ("in_proj_weight", "proj", "text_projection")  # matrices outside a layer module
@@ -127,7 +128,7 @@ def _sgd(
     """Decay is part of the gradient (coupled), so momentum remembers it."""
     if config.nesterov and not config.momentum:
         raise ConfigError("optim.nesterov looks ahead along the momentum: set optim.momentum > 0")
-    return torch.optim.SGD(
+    return MomentumSGD(
         groups,
         lr=config.lr,
         momentum=config.momentum,
