@@ -34,10 +34,12 @@ class ModelConfig(Section):
 
     name: str = "ViT-B-32"
     """An open_clip model name, or the path of an open_clip JSON config. For losses against class
-    centers: iresnet18, 34, 50, 100, mobilefacenet, or timm:NAME."""
+    centers: iresnet18, 34, 50, 100, resnet10, mobilefacenet, vit_t, or timm:NAME."""
     pretrained: str = ""
     """Start weights: a local checkpoint, an open_clip tag, or `hf-hub:...`; empty: from scratch.
     Face backbones: a file of insightface's or of our own names."""
+    width: int = Field(default=64, ge=1)
+    """Face backbones resnet10, 18, 34: channels of the first stage; each later one has twice."""
     embedding_dim: int = Field(default=512, ge=2)
     """Face backbones: size of an embedding."""
     image_size: int = Field(default=0, ge=0)
@@ -168,9 +170,11 @@ class CentersConfig(Section):
     init_std: float = Field(default=0.01, gt=0)
     """Centers start from a normal distribution of this deviation."""
     init: str = ""
-    """A run or checkpoint whose centers are taken over by identity name; others start anew."""
+    """A run, a checkpoint, or a folder of `nsphere centers`, whose centers are taken over by
+    identity name; others start anew."""
     identities: str = ""
-    """TSV with columns cls and name; empty: an identity is called by its number."""
+    """TSV with columns cls and name; empty: identities.tsv beside the shards, and without one an
+    identity is called by its number."""
     optimizer: Literal["sgd", "adamw", "adagrad"] = "sgd"
     """adagrad: row-wise, one number a center."""
     mode: Literal["lazy", "exact"] = "lazy"
@@ -236,13 +240,15 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate as a pure function of samples seen."""
 
-    name: Literal["cosine", "constant", "wsd", "rsqrt"] = "cosine"
+    name: Literal["cosine", "constant", "wsd", "rsqrt", "polynomial"] = "cosine"
     warmup: Duration = Duration("0 steps")
     """Linear warm-up from 0."""
     floor: float = Field(default=0.0, ge=0, le=1)
     """Last learning rate as a share of the peak."""
     cooldown: Duration = Duration("0 steps")
     """wsd, rsqrt: length of the linear decay to the floor at the end."""
+    power: float = Field(default=1.0, gt=0)
+    """polynomial: exponent of the share of the run that is left; 1: linear."""
 
     @model_validator(mode="after")
     def _durations_are_there(self) -> Self:

@@ -15,6 +15,7 @@ from trainer.config import ConfigError, ModelConfig
 from trainer.models.backbones.from_timm import PREFIX, TimmBackbone
 from trainer.models.backbones.iresnet import IResNet
 from trainer.models.backbones.mobilefacenet import MobileFaceNet
+from trainer.models.backbones.resnet import ResNet
 from trainer.models.backbones.vit import FaceViT
 
 IMAGE_SIZE = 112  # of aligned faces, everywhere
@@ -28,6 +29,11 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "iresnet200": partial(IResNet, (6, 26, 60, 6)),
     "mobilefacenet": MobileFaceNet,
     "mobilefacenet_large": partial(MobileFaceNet, (2, 8, 12, 4), widening=4),
+}
+RESNETS: dict[str, Callable[..., nn.Module]] = {
+    "resnet10": partial(ResNet, (1, 1, 1, 1)),
+    "resnet18": partial(ResNet, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, (3, 4, 6, 3)),
 }
 TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
     "vit_t": partial(FaceViT, 256, 12),
@@ -49,14 +55,17 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, tuple[int, int]]:
         backbone = TimmBackbone(config)
         size = config.image_size
         return backbone, (size, size) if size else backbone.image_size
-    _check_name(config.name, [*BACKBONES, *TRANSFORMERS])
+    _check_name(config.name, [*BACKBONES, *RESNETS, *TRANSFORMERS])
     size = config.image_size or IMAGE_SIZE
     if size < SMALLEST:
         raise ConfigError(
             f"model.image_size = {size} is too small for {config.name}; take at least {SMALLEST}"
         )
     build = BACKBONES.get(config.name)
-    if build is None:
+    if config.name in RESNETS:
+        _check_convolutional(config)
+        build = partial(RESNETS[config.name], width=config.width)
+    elif build is None:
         build = partial(
             TRANSFORMERS[config.name],
             drop_path=config.drop_path,
@@ -83,6 +92,11 @@ def _check_convolutional(config: ModelConfig) -> None:
 def _check_name(name: str, known: list[str]) -> None:
     if name in known or (name.startswith(PREFIX) and name.partition(".")[0] in known):
         return  # timm's names may end in a tag of published weights
-    everything = [*BACKBONES, *TRANSFORMERS, *(PREFIX + model for model in timm.list_models())]
+    everything = [
+        *BACKBONES,
+        *RESNETS,
+        *TRANSFORMERS,
+        *(PREFIX + model for model in timm.list_models()),
+    ]
     near = difflib.get_close_matches(name, everything, 3, 0.0)
     raise ConfigError(f"model.name = {name!r} is no face backbone; nearest: {', '.join(near)}")
