@@ -365,6 +365,20 @@ def test_stochastic_depth_of_a_timm_model_is_keyed():
     assert "KeyedPatchDropout" in kinds
 
 
+def test_a_compiled_backbone_is_the_same_function(monkeypatch):
+    calls = []
+
+    def compile_eagerly(function):
+        return lambda *args: calls.append(function) or function(*args)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    plain, compiled = build().eval(), build(compile=True).eval()
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(compiled(pixels(2)).rows, plain(pixels(2)).rows)
+    assert len(calls) == 1
+
+
 # --- recomputed activations ----------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ class ModelConfig(Section):
 
     name: str = "ViT-B-32"
     """An open_clip model name, or the path of an open_clip JSON config. For losses against class
-    centers: iresnet18, 34, 50, 100, resnet10, mobilefacenet, vit_t, or timm:NAME."""
+    centers: iresnet18, 34, 50, 100, 200, resnet10, mobilefacenet, vit_t, s, b, l, h, timm:NAME."""
     pretrained: str = ""
     """Start weights: a local checkpoint, an open_clip tag, or `hf-hub:...`; empty: from scratch.
     Face backbones: a file of insightface's or of our own names."""
@@ -47,7 +47,7 @@ class ModelConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Face backbones: dropout before the last layer."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Face backbones of timm: stochastic depth."""
+    """Face backbones, transformers and timm's: stochastic depth."""
     fp32_head: bool = True
     """Face backbones: the last layer and its norm in float32 under autocast."""
     freeze_last_bn_scale: bool = True
