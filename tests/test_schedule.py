@@ -43,6 +43,25 @@ def test_constant_stays_at_the_peak():
     )
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_polynomial_is_insightfaces_but_for_its_warm_up(power):
+    def insightface(step, warmup, total):  # its first steps: base rate, 1 / warmup, 2 / warmup, ...
+        return (1 - (step - warmup) / (total - warmup)) ** power
+
+    config = ScheduleConfig(name="polynomial", warmup="10 steps", power=power)
+    found = factors(config, 100)
+    assert found[:10] == pytest.approx([(s + 1) / 10 for s in range(10)], abs=1e-15)
+    assert found[10:] == pytest.approx([insightface(s, 10, 100) for s in range(10, 101)], abs=1e-15)
+
+
+def test_polynomial_at_its_exact_points():
+    linear = factors(ScheduleConfig(name="polynomial", warmup="4 steps", floor=0.1), 24)
+    assert linear[3:5] == [1.0, 1.0]
+    assert linear[14] == pytest.approx(0.55, abs=1e-15)
+    square = factors(ScheduleConfig(name="polynomial", power=2.0), 8)
+    assert square == pytest.approx([((8 - s) / 8) ** 2 for s in range(9)], abs=1e-15)
+
+
 def test_wsd_is_linear_over_its_cooldown():
     config = ScheduleConfig(name="wsd", warmup="2 steps", cooldown="4 steps", floor=0.2)
     assert factors(config, 10) == pytest.approx(
@@ -70,7 +89,7 @@ def test_rsqrt_with_floor_and_cooldown():
     assert cooled[64] == 0.0
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "rsqrt"])
+@pytest.mark.parametrize("name", ["cosine", "wsd", "rsqrt", "polynomial"])
 def test_never_above_the_peak_or_below_the_floor_and_falling_after_warm_up(name):
     config = ScheduleConfig(name=name, warmup="7 steps", cooldown="20 steps", floor=0.05)
     found = factors(config, 100)

@@ -20,6 +20,7 @@ def learning_rate(
     (step + 1) / warmup. What follows is measured when the step starts, `t = samples_seen - w`:
 
     - cosine: floor + (1 - floor) (1 + cos(pi t / (total - w))) / 2, open_clip's at floor 0;
+    - polynomial: floor + (1 - floor) (1 - t / (total - w)) ** power, insightface's at floor 0;
     - constant: 1;
     - wsd: 1, then linear to the floor over the last `cooldown`;
     - rsqrt: sqrt(w / samples_seen), at least the floor; big_vision's with `timescale = w`; then
@@ -35,9 +36,9 @@ def learning_rate(
         return min(1.0, (samples_seen + global_batch_size) / warmup)
     if config.name == "constant":
         return 1.0
-    if config.name == "cosine":
+    if config.name in ("cosine", "polynomial"):
         done = min(1.0, (samples_seen - warmup) / max(1, total_samples - warmup))
-        return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return config.floor + (1 - config.floor) * _fall(config, done)
     cooldown_start = max(warmup, total_samples - cooldown)
     factor = _plateau(
         config, min(samples_seen, cooldown_start) if cooldown else samples_seen, warmup
@@ -46,6 +47,14 @@ def learning_rate(
         return factor
     done = min(1.0, (samples_seen - cooldown_start) / max(1, total_samples - cooldown_start))
     return factor + (config.floor - factor) * done
+
+
+def _fall(config: ScheduleConfig, done: float) -> float:
+    """From 1 to 0."""
+    if config.name == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    left: float = (1 - done) ** config.power
+    return left
 
 
 def _plateau(config: ScheduleConfig, samples_seen: int, warmup: int) -> float:
