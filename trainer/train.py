@@ -72,7 +72,7 @@ def train(
     )
     found = checkpoints.newest()
     model, engine, average, state = _restore(config, ranks, found, samples)
-    objective = build_objective(config, model, engine, samples, ranks, resumed=found is not None)
+    objective = build_objective(config, model, engine, samples, ranks, checkpoint=found)
     if found is not None:
         objective.load(found)
     clock = StepClock(ranks.device)

@@ -1,13 +1,22 @@
 """From a configuration to its model and its objective."""
 
+from pathlib import Path
+
 import torch
 
 from data.dataset import SampleSet
 from data.labels import check_labels
 from trainer.centers import ClassCenters
-from trainer.centers.identities import load_identities
-from trainer.centers.start import start_from
-from trainer.config import Config, ConfigError
+from trainer.centers.files import StoredCenters
+from trainer.centers.identities import label_names
+from trainer.centers.start import (
+    assign_rows,
+    assign_rows_from,
+    assign_rows_of,
+    open_source,
+    start_from,
+)
+from trainer.config import Config
 from trainer.engine import Engine
 from trainer.models import TwoTower
 from trainer.models import build_model as build_towers
@@ -44,39 +53,42 @@ def build_objective(
     samples: SampleSet,
     ranks: Ranks,
     *,
-    resumed: bool,  # the state comes from a checkpoint
+    checkpoint: Path | None,  # from which `load` will take the state
 ) -> Objective:
     """What `[loss]` says; raises ConfigError or DataError where the data does not fit it."""
     if isinstance(model, TwoTower):
         wire = WIRE.get(config.train.precision)
         return PairObjective(config.loss, model, engine, ranks, wire)
-    return _center_objective(config, model, samples, ranks, resumed=resumed)
+    return _center_objective(config, model, samples, ranks, checkpoint)
 
 
 def _center_objective(
-    config: Config,
-    model: FaceModel,
-    samples: SampleSet,
-    ranks: Ranks,
-    *,
-    resumed: bool,
+    config: Config, model: FaceModel, samples: SampleSet, ranks: Ranks, checkpoint: Path | None
 ) -> CenterObjective:
-    num_classes = check_labels(samples, config.centers.num_classes)
-    names = load_identities(config.centers.identities) if config.centers.identities else None
-    if names is not None and len(names) != num_classes:
-        raise ConfigError(
-            f"centers.identities names {len(names):,} classes, the run has {num_classes:,}"
-        )
+    num_labels = check_labels(samples, config.centers.num_classes)
+    stored = source = None
+    if checkpoint is not None:
+        stored = StoredCenters.open(checkpoint)
+    path, labels = config.centers.identities, None
+    if path or stored is None or stored.has_names:
+        labels = label_names(path, samples, num_labels)
+    if stored is not None:
+        rows = assign_rows_of(stored, labels, num_labels)
+    elif config.centers.init:
+        source = open_source(config.centers.init, ranks.group)
+        rows = assign_rows_from(source, labels, num_labels)
+    else:
+        rows = assign_rows(labels, num_labels)
     centers = ClassCenters(
-        num_classes,
+        rows.num_rows,
         model.embed_dim,
         ranks.group,
         loss=config.loss,
         config=config.centers,
         seed=config.train.seed,
         device=ranks.device,
-        draw=not resumed,
+        draw=checkpoint is None,
     )
-    if config.centers.init and not resumed:
-        start_from(centers, config.centers.init, names)
-    return CenterObjective(centers, names, ranks)
+    if source is not None and rows.sources is not None:
+        start_from(centers, source, rows.sources)
+    return CenterObjective(centers, rows, ranks)

@@ -1,7 +1,6 @@
 """One backbone against class centers: faces, and any set with very many classes."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from data.loader import Batch
 from trainer.centers import ClassCenters
 from trainer.centers.files import load_state, state_files
+from trainer.centers.start import Rows
 from trainer.collectives import sum_over_ranks
 from trainer.objectives.objective import Outputs
 from trainer.ranks import Ranks
@@ -19,8 +19,10 @@ from trainer.ranks import Ranks
 class CenterObjective:
     """The centers are outside the engine: their gradient is never averaged over ranks."""
 
-    def __init__(self, centers: ClassCenters, names: Sequence[str] | None, ranks: Ranks) -> None:
-        self.centers, self._names, self._ranks = centers, names, ranks
+    def __init__(self, centers: ClassCenters, rows: Rows, ranks: Ranks) -> None:
+        self.centers, self._ranks = centers, ranks
+        self._names = rows.names if ranks.is_first else None
+        self._row_of_label = None if rows.of_labels is None else torch.from_numpy(rows.of_labels)
         self._squared_norm = 0.0
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -28,7 +30,10 @@ class CenterObjective:
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
         (rows,) = outputs
-        return self.centers(rows, batch.labels, batch.ids, step)
+        labels = batch.labels
+        if self._row_of_label is not None:  # identities that were merged
+            labels = self._row_of_label[labels.cpu()]
+        return self.centers(rows, labels, batch.ids, step)
 
     def after_step(self, learning_rate: float, *, applied: bool) -> None:
         """The centers move with the backbone or not at all."""
