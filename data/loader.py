@@ -97,20 +97,22 @@ def iter_eval_batches(
     batch_size: int,
     rank: int,
     world_size: int,
+    ids: Int64s | None = None,  # samples, at least one; None: all of the index
 ) -> Iterator[EvalBatch]:
     """Every sample exactly once over the ranks, in id order; as many batches on each rank.
 
     `batch_size` is the most rows of one. They are balanced, so that none is empty unless ranks
     outnumber samples or samples are bad. A rank's batches are a run of consecutive samples.
     """
-    total = len(index)
-    ids = np.arange(rank * total // world_size, (rank + 1) * total // world_size)
+    total = len(index) if ids is None else len(ids)
+    own = np.arange(rank * total // world_size, (rank + 1) * total // world_size)
+    own = own if ids is None else ids[own]
     num_batches = ceil(total / (world_size * batch_size))
     reader = SampleReader(config, image_transform, tokenizer_spec, [index])
     pool = _Pool(EvalRows(index, reader).load, config, pin=False)
     ledger = _Ledger(config.max_bad_fraction)
     try:
-        for batch in pool.run(np.array_split(ids, num_batches)):
+        for batch in pool.run(np.array_split(own, num_batches)):
             ledger.add(batch)
             yield batch
     finally:

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import data_commands
+from launch import centers_commands, data_commands
 from launch.signals import BAD_INPUT, StopRequest, die_with_parent
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_commands.register(app)
+centers_commands.register(app)
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -98,7 +99,8 @@ def export(
     source: Annotated[Path, typer.Argument(help="Run folder, or one checkpoint in it.")],
     out: Annotated[Path, typer.Argument(help="Folder (open_clip) or file (the others).")],
     format: Annotated[
-        str, typer.Option(help="open_clip, safetensors, onnx; default: the first that fits.")
+        str,
+        typer.Option(help="open_clip, safetensors, onnx, centers; default: the first that fits."),
     ] = "",
     ema: Annotated[bool, typer.Option(help="Averaged weights, where the run keeps some.")] = True,
     pixels: Annotated[str, typer.Option("--input", help="ONNX: uint8 or float.")] = "uint8",

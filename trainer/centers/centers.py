@@ -5,6 +5,8 @@ Each rank holds the rows of its own classes; every rank's embeddings visit them.
 gradient is the global loss's and complete on its owner: it is never averaged over ranks.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -217,15 +219,19 @@ class ClassCenters:
 
     def _draw(self) -> None:
         """Centers from a normal distribution: the same ones at any world size, no two alike."""
-        rows, first = self.optimizer.num_rows, self.part.start * self.subcenters
-        for start in range(first // _INIT_ROWS * _INIT_ROWS, first + rows, _INIT_ROWS):
-            drawn = draw_rows(start // _INIT_ROWS, self.dim, self.config.init_std, self.seed)
-            low, high = max(start, first), min(start + _INIT_ROWS, first + rows)
-            self.optimizer.fill(low - first, drawn[low - start : high - start].to(self.dtype))
+        first, std = self.part.start * self.subcenters, self.config.init_std
+        for start, drawn in draw_rows(first, self.optimizer.num_rows, self.dim, std, self.seed):
+            self.optimizer.fill(start - first, drawn.to(self.dtype))
 
 
-def draw_rows(block: int, dim: int, std: float, seed: int) -> Tensor:  # (_INIT_ROWS, dim)
-    """Rows [block * _INIT_ROWS, ...) of the start, keyed by seed and block."""
-    key = int(derive_key(seed, _INIT, block)[0] >> np.uint64(1))
-    generator = torch.Generator().manual_seed(key)
-    return torch.randn(_INIT_ROWS, dim, generator=generator) * std
+def draw_rows(
+    first: int, count: int, dim: int, std: float, seed: int
+) -> Iterator[tuple[int, Tensor]]:  # (k, dim)
+    """Rows [first, first + count) of the start, some at a time: a function of seed and row."""
+    stop = first + count
+    for start in range(first // _INIT_ROWS * _INIT_ROWS, stop, _INIT_ROWS):
+        key = int(derive_key(seed, _INIT, start // _INIT_ROWS)[0] >> np.uint64(1))
+        generator = torch.Generator().manual_seed(key)
+        drawn = torch.randn(_INIT_ROWS, dim, generator=generator) * std
+        low, high = max(start, first), min(start + _INIT_ROWS, stop)
+        yield low, drawn[low - start : high - start]

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trainer.centers.files import StoredCenters
 from trainer.checkpoint import find_checkpoint, load_checkpoint_config, load_weights
 from trainer.config import Config, ConfigError, ModelConfig
+from trainer.export.centers import export_centers
 from trainer.export.faces import export_face_safetensors, load_faces
 from trainer.export.onnx_file import OnnxOptions, export_onnx
 from trainer.export.towers import export_open_clip, export_safetensors, load_towers
@@ -76,6 +78,11 @@ def _face_safetensors(request: Request) -> str:
     return str(export_face_safetensors(request.weights(), request.config.model, request.out))
 
 
+def _face_centers(request: Request) -> str:
+    stored = StoredCenters.open(request.checkpoint)
+    return f"{export_centers(stored, request.out)}: {stored.num_classes:,} identities"
+
+
 def _face_onnx(request: Request) -> str:
     model = load_faces(request.weights(), request.plain_model())
     return f"{request.out}: {export_onnx(model, request.out, request.onnx)}"
@@ -89,4 +96,5 @@ TOWER_FORMATS: dict[str, Callable[[Request], str]] = {
 FACE_FORMATS: dict[str, Callable[[Request], str]] = {
     "safetensors": _face_safetensors,
     "onnx": _face_onnx,
+    "centers": _face_centers,
 }
