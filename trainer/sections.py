@@ -54,7 +54,7 @@ class ModelConfig(Section):
     """Face backbones: the last batch norm's scale stays 1, as published."""
     bn_neck: bool = True
     """Face backbones of timm: a batch norm after the last layer, as the others have it."""
-    global_batch_norm: bool = False
+    global_batch_norm: bool = True
     """Batch norms normalise by all ranks' samples: the same run, to rounding, at any number of
     ranks, for an exchange a layer each way. With `train.chunk_size` by the ranks' present chunks,
     which another number of ranks cuts differently."""
