@@ -21,7 +21,7 @@ from trainer.optim import build_optimizer, decayed_names, parameter_groups
 from trainer.ranks import Ranks
 
 SIZE = 32
-NAMES = ["iresnet18", "mobilefacenet", "vit_t", "timm:test_vit", "timm:test_resnet"]
+NAMES = ["iresnet18", "resnet10", "mobilefacenet", "vit_t", "timm:test_vit", "timm:test_resnet"]
 CPU = torch.device("cpu")
 
 

@@ -6,6 +6,7 @@ import torch
 
 from trainer.config import Config, ModelConfig, OptimConfig
 from trainer.models import build_model
+from trainer.momentum_sgd import MomentumSGD
 from trainer.optim import build_optimizer, decayed_names, parameter_groups
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -212,3 +213,27 @@ def test_log_scale_moves_as_far_as_adam_lets_it():
     model(None, torch.ones(2, model.context_length, dtype=torch.int64)).scale.sum().backward()
     optimizer.step()
     assert float(model.log_scale.detach()) == pytest.approx(math.log(1 / 0.07) - 1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("fused", [None, True])
+def test_momentum_sgd_is_torchs_bit_for_bit(nesterov, fused):
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(3)]
+    runs = {}
+    for kind in (torch.optim.SGD, MomentumSGD):
+        tensors = [tensor.clone().requires_grad_() for tensor in start]
+        groups = [{"params": tensors[:1]}, {"params": tensors[1:], "weight_decay": 0.0}]
+        optimizer = kind(
+            groups, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01, fused=fused
+        )
+        generator = torch.Generator().manual_seed(1)
+        for step in range(5):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            for tensor in tensors:
+                tensor.grad = torch.randn(tensor.shape, generator=generator)
+            tensors[1].grad = None if step == 2 else tensors[1].grad
+            optimizer.step()
+        runs[kind] = tensors
+    for ours, theirs in zip(runs[MomentumSGD], runs[torch.optim.SGD], strict=True):
+        assert torch.equal(ours, theirs)
