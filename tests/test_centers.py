@@ -204,6 +204,8 @@ def test_samples_keep_positives_have_their_size_and_know_no_ranks(
     assert max(int(rate * num_classes), 0) <= len(whole.classes)
     assert len(whole.classes) <= int(rate * num_classes) + len(positives)
     others = num_classes - len(positives)
+    if num_classes <= BLOCK:
+        assert len(whole.classes) - len(positives) >= int(rate * others) // 2
     drawn = whole.log_weights > 0
     if drawn.any() and num_classes <= BLOCK:  # the drawn stand for all others
         assert np.exp(whole.log_weights[~np.isin(whole.classes, positives)]).sum() == (

@@ -49,7 +49,9 @@ def sample_classes(
     """All positives, and of each block's other classes as many as `sample_rate` leaves room for.
 
     A block of n classes has floor(rate * its end) - floor(rate * its start) places, so that the
-    whole is floor(rate * C). Positives are never dropped: where they are more, the sample grows.
+    whole is floor(rate * C). Where positives take most of them, the sample grows: none is dropped,
+    and no fewer random ones are drawn than half of the rate's share of the others, or nothing
+    would stand for these.
     A random negative stands for (others / drawn) classes: the sum over sampled negatives of
     exp(log_weight) * f is an unbiased estimate of the sum of f over all (Horvitz and Thompson
     1952); hard ones are sure to be taken and stand for themselves.
@@ -62,7 +64,8 @@ def sample_classes(
         sure = positives[(positives >= first) & (positives < end)]
         if hard is not None and hard_share:
             sure = _with_hard(sure, hard, first, end, int(hard_share * (places - len(sure))))
-        drawn = _draw(first, end, sure, places, seed, step)
+        count = max(places - len(sure), int(sample_rate * (end - first - len(sure))) // 2)
+        drawn = _draw(first, end, sure, count, seed, step)
         weight = np.log((end - first - len(sure)) / len(drawn)) if len(drawn) else 0.0
         classes = np.concatenate([sure, drawn])
         log_weights = np.repeat([0.0, weight], [len(sure), len(drawn)])
@@ -81,13 +84,13 @@ def _with_hard(sure: Int64s, hard: Int64s, first: int, end: int, room: int) -> I
     return np.union1d(sure, here)
 
 
-def _draw(first: int, end: int, sure: Int64s, places: int, seed: int, step: int) -> Int64s:
-    """Distinct classes of the block that are not sure anyway: what fills its places."""
-    count = places - len(sure)
+def _draw(first: int, end: int, sure: Int64s, count: int, seed: int, step: int) -> Int64s:
+    """`count` distinct classes of the block that are not sure anyway."""
     if count <= 0:
         return np.zeros(0, np.int64)
-    # At most len(sure) of the permutation's first `places` values are sure ones: enough are left.
+    # At most len(sure) of the permutation's first values are sure ones: enough are left.
     key = derive_key(seed, _NEGATIVES, step, first // BLOCK)
-    size = np.array([end - first], np.int64)
-    drawn = first + permute(np.arange(places, dtype=np.int64), size, key)
+    size = end - first
+    looked_at = np.arange(min(size, count + len(sure)), dtype=np.int64)
+    drawn = first + permute(looked_at, np.array([size], np.int64), key)
     return drawn[~np.isin(drawn, sure)][:count]
