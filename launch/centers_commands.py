@@ -86,7 +86,9 @@ def list_centers(
 def duplicates(
     source: Source,
     top: Annotated[int, typer.Option(help="Pairs to show at most.", min=1)] = 20,
-    threshold: Annotated[float, typer.Option(help="Least cosine.", min=-1.0, max=1.0)] = -1.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least cosine.", min=-1.0, max=1.0)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the closest pairs of centers: likely one person under two names.
@@ -119,7 +121,8 @@ def duplicates(
         return
     for both, pair in found:
         typer.echo(f"{both[0]}\t{both[1]}\t{pair.cosine:.4f}")
-    sys.stderr.write(f"{len(pairs)} of {count:,} pairs with a cosine of {threshold:g} or more\n")
+    reached = "" if threshold is None else f" with a cosine of {threshold:g} or more"
+    sys.stderr.write(f"{len(pairs):,} of {count:,} pairs{reached}\n")
 
 
 @centers.command("remove")

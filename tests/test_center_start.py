@@ -86,6 +86,7 @@ def test_bad_tables_are_named(tmp_path):
         ("cls\twho\n0\ta\n", "columns cls and name"),
         ("cls\tname\n0\ta\n0\tb\n", "cls 0 is a and .*cls 0 is b"),
         ("cls\tname\n0\ta\n1\ta\n", "cls 0 is a and .*cls 1 is a"),
+        ("cls\tname\n0\ta\n1\t\n", "class 1 is called by an empty name"),
         ("cls\tname\nx\ta\n", "names.tsv"),
         ("", "names.tsv"),
     ):

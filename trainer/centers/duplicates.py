@@ -25,11 +25,11 @@ def closest_pairs(
     stored: StoredCenters,
     top: int,
     *,
-    threshold: float = -1.0,
+    threshold: float | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Pair], int]:
-    """The `top` pairs of largest cosine, and how many pairs reach `threshold`.
+    """The `top` pairs of largest cosine, and how many pairs reach `threshold` (None: all do).
 
     All C (C - 1) / 2 pairs are compared, C^2 d multiplications, with two blocks of centers and a
     tile of cosines in memory, whatever C.
@@ -49,29 +49,36 @@ def closest_pairs(
             compared += len(left) * (len(left) + 1) // 2 if same else len(left) * len(right)
             if progress is not None:
                 progress(stored.num_classes * compared // total, stored.num_classes)
-    return best.pairs(), best.count
+    all_pairs = stored.num_classes * (stored.num_classes - 1) // 2
+    return best.pairs(), all_pairs if threshold is None else best.count
 
 
 class _Best:
     """The largest cosines so far."""
 
-    def __init__(self, top: int, threshold: float) -> None:
+    def __init__(self, top: int, threshold: float | None) -> None:
         self._top, self._threshold = top, threshold
         self._cosines, self._pairs = torch.empty(0), torch.empty(0, 2, dtype=torch.int64)
         self.count = 0
-        """Pairs that reach the threshold."""
+        """Pairs that reach the threshold, where there is one."""
 
     def add(self, tile: Tensor, first_row: int, first_column: int) -> None:
         """Cosines of classes from `first_row` on with those from `first_column` on."""
-        reach = int((tile >= self._threshold).sum())
-        self.count += reach
-        flat = tile.flatten()
-        values, places = flat.topk(min(self._top, reach))
+        bar = -2.0
+        if self._threshold is not None:
+            bar = self._threshold
+            self.count += int((tile >= bar).sum())
+        if len(self._cosines) == self._top:
+            bar = max(bar, float(self._cosines[-1]))
+        if float(tile.max()) < bar:
+            return
+        over = int((tile >= bar).sum())
+        values, places = tile.flatten().topk(min(self._top, over))
         rows = places // tile.shape[1] + first_row
         columns = places % tile.shape[1] + first_column
         cosines = torch.cat([self._cosines, values.cpu().float()])
         pairs = torch.cat([self._pairs, torch.stack([rows, columns], dim=1).cpu()])
-        kept = cosines.topk(min(self._top, len(cosines))).indices
+        kept = cosines.topk(min(self._top, len(cosines))).indices  # falling
         self._cosines, self._pairs = cosines[kept], pairs[kept]
 
     def pairs(self) -> list[Pair]:

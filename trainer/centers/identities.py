@@ -163,5 +163,8 @@ def label_names(path: str, samples: SampleSet, num_labels: int) -> NameTable | N
 
 
 def _of_labels(table: pa.Table) -> NameTable:
-    names = table["name"].combine_chunks()
-    return NameTable(names, table["cls"].combine_chunks().to_numpy())
+    names, numbers = (table[column].combine_chunks() for column in ("name", "cls"))
+    empty = pc.index(names, pa.scalar("", pa.large_string())).as_py()
+    if empty >= 0:
+        raise DataError(f"class {numbers[empty]} is called by an empty name")
+    return NameTable(names, numbers.to_numpy())
