@@ -53,6 +53,26 @@ def test_a_killed_run_goes_on_with_its_centers(tmp_path, first, then, stage, cen
         assert loss == pytest.approx(expected[step], abs=2e-4), f"step {step}"
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_in_chunks_is_the_whole_step(tmp_path, stage):
+    """One loss over all chunks, dropout included; without a batch norm, whose batch is a chunk."""
+    found = {}
+    for ranks, chunk_size in ((1, 0), (1, 5), (2, 3)):
+        config = face_config(
+            tmp_path,
+            model={"bn_neck": False, "dropout": 0.1},
+            centers=EXACT_SGD | SAMPLED,
+            zero={"stage": stage},
+            train={"duration": "4 steps", "chunk_size": chunk_size},
+        )
+        run = tmp_path / f"{ranks}-{chunk_size}"
+        run_ranks(ranks, train_rank, config, str(run))
+        found[ranks, chunk_size] = read_losses(run)
+    whole = found.pop((1, 0))
+    for losses in found.values():
+        assert losses == {step: pytest.approx(loss, abs=1e-4) for step, loss in whole.items()}
+
+
 def test_it_learns_and_says_how_far_it_is(tmp_path):
     config = face_config(tmp_path, train={"duration": "40 steps"})
     run_ranks(2, train_rank, config, str(tmp_path / "run"))

@@ -171,7 +171,7 @@ class _Targets(NamedTuple):
         first = torch.from_numpy(chosen.own_classes[here] * subcenters).to(visitors.device)
         each = torch.arange(subcenters, device=visitors.device)
         units = chosen.rows.read_at((first.unsqueeze(1) + each).flatten())
-        units = units.view(len(here), subcenters, -1)
+        units = units.view(len(here), subcenters, units.shape[1])
         found = (units * visitors[samples].unsqueeze(1)).sum(2)
         best = found.argmax(1)
         cosines = visitors.new_zeros(len(visitors))

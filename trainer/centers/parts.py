@@ -1,4 +1,4 @@
-"""Which rank owns which classes: rank r of W holds C // W of them, the first C % W ranks one more."""
+"""Which rank owns which classes: C // W of them each, one more on each of the first C % W ranks."""
 
 from dataclasses import dataclass
 from typing import Self
