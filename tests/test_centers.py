@@ -267,10 +267,12 @@ def test_neighbours_are_the_same_at_any_world_size():
         assert all(set(found) == set(hard) for _, found in ranks)
 
 
-def one_sided_rank(group, options):
+def one_sided_rank(group, options, classes):
     """All identities of the batch lie on the first rank, and the last rank has no sample."""
     config = CentersConfig(**{**PLAIN, **options})
-    centers = ClassCenters(C, D, group, loss="cosface", config=config, seed=5, dtype=torch.float64)
+    centers = ClassCenters(
+        classes, D, group, loss="cosface", config=config, seed=5, dtype=torch.float64
+    )
     rows, labels, ids = batch(0)
     last = group.rank() == group.size() - 1 > 0
     own = slice(0, 0) if last else slice(group.rank(), N, max(1, group.size() - 1))
@@ -282,10 +284,11 @@ def one_sided_rank(group, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"sample_rate": 0.4}], ids=str)
-def test_a_rank_without_positives_or_samples_does_its_part(options):
-    ((alone, table),) = run_ranks(1, one_sided_rank, options)
+@pytest.mark.parametrize("classes", [C, 3])
+def test_a_rank_without_positives_samples_or_classes_does_its_part(options, classes):
+    ((alone, table),) = run_ranks(1, one_sided_rank, options, classes)
     for world_size in (2, 4):
-        ranks = run_ranks(world_size, one_sided_rank, options)
+        ranks = run_ranks(world_size, one_sided_rank, options, classes)
         assert sum(value for value, _ in ranks) / world_size == pytest.approx(alone, abs=1e-10)
         rows = torch.cat([rows for _, rows in ranks])
         torch.testing.assert_close(rows, table, rtol=0, atol=1e-10)

@@ -78,7 +78,7 @@ class Places:
         self._rows = torch.from_numpy(rows[order] % classes).to(device)
         self._columns = torch.from_numpy(columns[order]).to(device)
         tiles, starts = np.unique(keys[:, order], axis=1, return_index=True)
-        ends = np.append(starts[1:], len(columns))
+        ends = np.append(starts[1:], len(columns))[: len(starts)]
         self._spans = {
             (int(r), int(c)): slice(int(a), int(b))
             for (r, c), a, b in zip(tiles.T, starts, ends, strict=True)
