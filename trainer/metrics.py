@@ -27,6 +27,8 @@ from trainer.ranks import Ranks
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 2.0  # without a terminal, progress is one line at most this often
 
+_DETAILS = ("_std", "_grid", "_by_kind", "_error", "_low", "_high")  # ends of names
+
 
 class Tracker(Protocol):
     """The part of accelerate's trackers that is used here."""
@@ -84,10 +86,8 @@ class MetricsWriter:
             return
         self._append({"step": step, "samples_seen": samples_seen, "evaluation": dict(results)})
         self._track(results, step, "eval")
-        self._progress.say(
-            f"evaluation at step {step}: "
-            + "  ".join(f"{name} {_short(value)}" for name, value in results.items())
-        )
+        shown = (f"{name} {_short(value)}" for name, value in results.items() if _headline(name))
+        self._progress.say(f"evaluation at step {step}: " + "  ".join(shown))
 
     def write_cosines(
         self, step: int, samples_seen: int, histograms: Mapping[str, list[int]]
@@ -306,3 +306,9 @@ def _finite(value: Any) -> Any:
 
 def _short(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _headline(name: str) -> bool:
+    """Scores that fit a line; counts, deviations and points of a curve stand in metrics.jsonl."""
+    detail = name.startswith("num_") or "@F" in name or name.endswith(_DETAILS)
+    return name == "num_images" or not detail
