@@ -14,7 +14,7 @@ from launch.ranks import is_rank, open_ranks
 from launch.signals import BAD_INPUT, STOPPED, StopRequest
 from trainer.config import Config, ConfigError, load_config
 from trainer.run import STOPPED_MARKER, check_config
-from trainer.samples import build_samples, check_fit, check_memory
+from trainer.samples import build_samples, check_fit, check_memory, count_classes
 from trainer.validate import Validation, load_model, open_sets
 
 
@@ -41,7 +41,7 @@ def train(
             open_sets(config, config.data.val_shards, progress)
     _name_problems(samples.indexes)
     check_fit(config, samples, num_ranks)
-    check_memory(config, num_ranks)
+    check_memory(config, num_ranks, count_classes(config, samples))
     if num_ranks == 1:
         return train_rank(config_path, overrides, run, resume, stop)
     arguments = ["train", str(config_path), "--run", str(run), *overrides]

@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from data.dataset import SampleSet, build_sample_set
 from data.index import Index, load_index
+from data.labels import check_labels
+from trainer.centers import ClassCenters
 from trainer.config import Config, ConfigError
 from trainer.objectives import build_model
 from trainer.ranks import Ranks
@@ -64,22 +66,30 @@ def check_fit(config: Config, samples: SampleSet, world_size: int) -> None:
         )
 
 
-def check_memory(config: Config, num_ranks: int) -> None:
+def count_classes(config: Config, samples: SampleSet) -> int:
+    """Class centers of a run, 0 for one without. Raises DataError for labels that do not fit."""
+    return check_labels(samples, config.centers.num_classes) if config.has_centers else 0
+
+
+def check_memory(config: Config, num_ranks: int, num_classes: int = 0) -> None:
     """Raise ConfigError when the state of `num_ranks` CPU ranks cannot fit this machine's memory.
 
-    Counts weights, gradients and Adam's moments only; activations come on top.
+    Counts weights, gradients and Adam's moments, and class centers; activations come on top.
     """
     model = build_model(config, device="meta")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if torch.cuda.is_available():
         return
-    needed = parameters * BYTES_PER_PARAMETER * num_ranks
+    centers = num_classes * ClassCenters.bytes_per_class(config.centers, config.model.embedding_dim)
+    needed = parameters * BYTES_PER_PARAMETER * num_ranks + centers
     available = _available_bytes()
     if needed > available:
         raise ConfigError(
             f"--nproc {num_ranks}: {parameters:,} parameters need {needed / 2**30:.1f} GiB for "
-            f"weights, gradients and optimizer state, {available / 2**30:.1f} GiB are free here; "
-            "start fewer ranks, or take a smaller model.name"
+            f"weights, gradients and optimizer state, {centers / 2**30:.1f} GiB of that for "
+            f"{num_classes:,} class centers, {available / 2**30:.1f} GiB are free here; start "
+            "fewer ranks, take a smaller model.name, or 'bfloat16' for centers.dtype and "
+            "centers.momentum_dtype"
         )
 
 
