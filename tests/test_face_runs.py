@@ -124,6 +124,45 @@ def test_losses_that_carry_or_draw_something_resume_too(tmp_path, loss):
         assert value == pytest.approx(expected[step], abs=1e-3)
 
 
+def turning_rank(group, config):
+    """What the objective makes of a batch whose images tell which way is up."""
+    import torch
+
+    from data.loader import Batch
+    from trainer.centers import ClassCenters
+    from trainer.centers.start import assign_rows
+    from trainer.objectives.centers import CenterObjective
+    from trainer.ranks import Ranks
+
+    corner = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    corner[:, :, 0, 0] = 9
+    numbers = torch.arange(64)
+    batch = Batch(corner, numbers[:, None], numbers, numbers, numbers % 5, numbers + 1000, [])
+    centers = ClassCenters(20, 16, group, seed=3)
+    ranks = Ranks(group, group.rank(), group.size(), group.rank())
+    objective = CenterObjective(centers, assign_rows(None, 20), ranks, turns=4)
+    (images,) = objective.inputs(batch)
+    seen = {}
+    objective.centers = lambda rows, labels, *_: seen.update(labels=labels)
+    objective.centers.seed = 3
+    objective.loss((torch.zeros(64, 16),), batch, 0)
+    assert (corner[:, :, 0, 0] == 9).all()  # the batch itself is left as it was
+    places = [(0, 0), (7, 0), (7, 7), (0, 7)]  # of the corner, turned left by 0 to 3 quarters
+    turns = [[int(image[0, y, x]) for y, x in places].index(9) for image in images]
+    return turns, seen["labels"].tolist(), batch.labels.tolist()
+
+
+def test_a_turned_character_is_another_class(tmp_path):
+    ((turns, labels, plain),) = run_ranks(1, turning_rank, None)
+    assert labels == [4 * label + turn for label, turn in zip(plain, turns, strict=True)]
+    assert min(turns.count(turn) for turn in range(4)) >= 5
+    config = face_config(tmp_path, centers={"quarter_turns": True}, train={"duration": "4 steps"})
+    run_ranks(2, train_rank, config, str(tmp_path / "two"))
+    run_ranks(1, train_rank, config, str(tmp_path / "one"))
+    two, one = read_losses(tmp_path / "two"), read_losses(tmp_path / "one")
+    assert one == {step: pytest.approx(loss, abs=2e-4) for step, loss in two.items()}
+
+
 def config_error(group, config, run):
     from data.errors import DataError
     from trainer.config import ConfigError

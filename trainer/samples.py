@@ -68,7 +68,10 @@ def check_fit(config: Config, samples: SampleSet, world_size: int) -> None:
 
 def count_classes(config: Config, samples: SampleSet) -> int:
     """Class centers of a run, 0 for one without. Raises DataError for labels that do not fit."""
-    return check_labels(samples, config.centers.num_classes) if config.has_centers else 0
+    if not config.has_centers:
+        return 0
+    labels = check_labels(samples, config.centers.num_classes)
+    return labels * config.centers.classes_per_label
 
 
 def check_memory(config: Config, num_ranks: int, num_classes: int = 0) -> None:

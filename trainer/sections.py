@@ -154,6 +154,9 @@ class CentersConfig(Section):
 
     num_classes: int = Field(default=0, ge=0)
     """Identities; 0: the largest label of the training data plus one."""
+    quarter_turns: bool = False
+    """Images are turned by 0, 90, 180 or 270 degrees, and a class turned is another class: four of
+    each. For written characters (Santoro et al. 2016, arXiv 1605.06065)."""
     sample_rate: float = Field(default=1.0, gt=0, le=1)
     """Share of the centers that take part in a step; those of the batch's identities always do."""
     correction: bool = True
@@ -206,7 +209,14 @@ class CentersConfig(Section):
             raise ValueError(f"betas = {list(self.betas)}: each in [0, 1)")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov looks ahead along the momentum: set momentum above 0")
+        if self.quarter_turns and (self.identities or self.init):
+            raise ValueError("quarter_turns makes classes without names: no identities, no init")
         return self
+
+    @property
+    def classes_per_label(self) -> int:
+        """Classes that a label of the data stands for."""
+        return 4 if self.quarter_turns else 1
 
 
 class OptimConfig(Section):

@@ -65,12 +65,13 @@ def build_objective(
 def _center_objective(
     config: Config, model: FaceModel, samples: SampleSet, ranks: Ranks, checkpoint: Path | None
 ) -> CenterObjective:
-    num_labels = check_labels(samples, config.centers.num_classes)
+    turns = config.centers.classes_per_label
+    num_labels = turns * check_labels(samples, config.centers.num_classes)
     stored = source = None
     if checkpoint is not None:
         stored = StoredCenters.open(checkpoint)
     path, labels = config.centers.identities, None
-    if path or stored is None or stored.has_names:
+    if turns == 1 and (path or stored is None or stored.has_names):
         labels = label_names(path, samples, num_labels)
     if stored is not None:
         rows = assign_rows_of(stored, labels, num_labels)
@@ -91,4 +92,4 @@ def _center_objective(
     )
     if source is not None and rows.sources is not None:
         start_from(centers, source, rows.sources)
-    return CenterObjective(centers, rows, ranks)
+    return CenterObjective(centers, rows, ranks, turns=turns)

@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.loader import Batch
+from data.order import derive_key
 from trainer.centers import ClassCenters
 from trainer.centers.files import load_state, state_files
 from trainer.centers.start import Rows
@@ -15,25 +17,49 @@ from trainer.collectives import sum_over_ranks
 from trainer.objectives.objective import Outputs
 from trainer.ranks import Ranks
 
+_TURNS = 21  # what the key is for
+
 
 class CenterObjective:
     """The centers are outside the engine: their gradient is never averaged over ranks."""
 
-    def __init__(self, centers: ClassCenters, rows: Rows, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        centers: ClassCenters,
+        rows: Rows,
+        ranks: Ranks,
+        *,
+        turns: int = 1,  # 4: an image turned by so many quarters is of another class
+    ) -> None:
+        self._turns = turns
         self.centers, self._ranks = centers, ranks
         self._names = rows.names if ranks.is_first else None
         self._row_of_label = None if rows.of_labels is None else torch.from_numpy(rows.of_labels)
         self._squared_norm = 0.0
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        return (batch.images,)
+        if self._turns == 1:
+            return (batch.images,)
+        images, quarters = batch.images.clone(), self._quarters(batch)
+        for turned in range(1, self._turns):
+            here = quarters == turned
+            images[here] = batch.images[here].rot90(turned, dims=(2, 3))
+        return (images,)
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
         (rows,) = outputs
         labels = batch.labels
         if self._row_of_label is not None:  # identities that were merged
             labels = self._row_of_label[labels.cpu()]
+        if self._turns > 1:
+            labels = labels * self._turns + self._quarters(batch)
         return self.centers(rows, labels, batch.ids, step)
+
+    def _quarters(self, batch: Batch) -> Tensor:  # (n,)
+        """How far each image is turned: a function of the seed and its place in the run."""
+        keys = derive_key(self.centers.seed, _TURNS, batch.positions.cpu().numpy())
+        quarters = torch.from_numpy((keys % np.uint64(self._turns)).astype(np.int64))
+        return quarters.to(batch.labels.device)
 
     def after_step(self, learning_rate: float, *, applied: bool) -> None:
         """The centers move with the backbone or not at all."""
