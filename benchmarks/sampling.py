@@ -71,7 +71,7 @@ def train(folder: Path, name: str, words: Sequence[str], ranks: int) -> list[flo
         check=False,
     )
     if done.returncode:
-        raise SystemExit(done.stderr)
+        raise SystemExit(f"exit code {done.returncode}\n{done.stderr}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
