@@ -99,6 +99,11 @@ class _AllReduce(torch.autograd.Function):
 def plain(num_classes: int, dim: int, rate: float, group: Any = None) -> Step:
     """The plain head with torch's SGD."""
     head = PlainHead(num_classes, dim, group, rate)
+    return dense_step(head)
+
+
+def dense_step(head: nn.Module) -> Step:
+    """A head's loss, gradients and torch's SGD on all of its centers."""
     optimizer = torch.optim.SGD(head.parameters(), LR, MOMENTUM, weight_decay=DECAY)
 
     def step(rows: Tensor, labels: Tensor) -> Tensor:
@@ -157,16 +162,7 @@ def insightface(folder: str) -> Callable[..., Step]:
         head = partial_fc_v2.PartialFC_V2(
             CombinedMarginLoss(SCALE, 1, 0, MARGIN), dim, num_classes, rate, fp16=False
         )
-        optimizer = torch.optim.SGD(head.parameters(), LR, MOMENTUM, weight_decay=DECAY)
-
-        def step(rows: Tensor, labels: Tensor) -> Tensor:
-            optimizer.zero_grad()
-            loss: Tensor = head(rows, labels)
-            loss.backward()
-            optimizer.step()
-            return loss
-
-        return step
+        return dense_step(head)
 
     return build
 

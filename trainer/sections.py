@@ -3,7 +3,7 @@
 Every field says what it means in the words that `nsphere config` and its errors use.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from data.config import DataConfig, Section
 from trainer.duration import Duration
 from trainer.eval_section import EvalConfig, Task
 
-CENTER_LOSSES = (
+CenterLoss = Literal[
     "softmax",
     "cosface",
     "arcface",
@@ -25,7 +25,8 @@ CENTER_LOSSES = (
     "magface",
     "curricularface",
     "sface",
-)
+]
+CENTER_LOSSES: tuple[str, ...] = get_args(CenterLoss)
 """Losses against class centers: they train one backbone on labelled images."""
 
 
@@ -86,23 +87,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The loss and its own options."""
 
-    name: Literal[
-        "clip",
-        "siglip",
-        "softmax",
-        "cosface",
-        "arcface",
-        "combined",
-        "sphereface",
-        "elastic_arcface",
-        "elastic_cosface",
-        "elastic_arcface_plus",
-        "elastic_cosface_plus",
-        "adaface",
-        "magface",
-        "curricularface",
-        "sface",
-    ] = "clip"
+    name: Literal["clip", "siglip", CenterLoss] = "clip"
     """clip: symmetric InfoNCE; siglip: pairwise sigmoid; the others: against class centers."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all pairs (clip only)."""
