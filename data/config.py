@@ -100,9 +100,10 @@ class DataConfig(Section):
     """Equal parts of the chunk sequence that feed a global batch in turn."""
     window: int = Field(default=64, ge=1)
     """Chunks of a lane whose samples are permuted together."""
-    batching: Literal["plain", "identities"] = "plain"
+    batching: Literal["plain", "identities", "planned"] = "plain"
     """plain: samples in a shuffled order; identities: each global batch is
-    global_batch_size / images_per_identity identities with `images_per_identity` images each."""
+    global_batch_size / images_per_identity identities with `images_per_identity` images each;
+    planned: batches made of each other's hard negatives (`[negatives]`)."""
     images_per_identity: int = Field(default=4, ge=1)
     """Images of an identity in a global batch, with batching = "identities"."""
     remainder: Remainder = "drop"
@@ -130,3 +131,48 @@ class DataConfig(Section):
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """The training sources, a plain `shards` being the one-source case."""
         return self.sources or ((SourceConfig(shards=self.shards),) if self.shards else ())
+
+
+class NegativesConfig(Section):
+    """Planned batches (`data.batching = "planned"`): who meets, and when plans are renewed."""
+
+    planner: Literal["random", "tree", "greedy", "topics", "coordinates", "identities"] = "tree"
+    """random: the baseline; tree: NGAME's balanced 2-means; greedy: a sample's nearest neighbours
+    and random ones (Sample4Geo); topics: one cluster a batch, balanced over margin bins
+    (TAS-Balanced); coordinates: near in `coordinates` at first, then greedy; identities: P x K
+    images of near identities."""
+    side: Literal["auto", "images", "texts", "labels"] = "auto"
+    """Embeddings that samples are clustered by; auto: texts, or images where there are none."""
+    cluster_size: int = Field(default=4, ge=1)
+    """Samples of a cluster; clusters are shuffled and laid into batches. 1: random."""
+    grow_at: tuple[int, ...] = ()
+    """Epochs at which the cluster size doubles (NGAME's schedule)."""
+    start_epoch: int = Field(default=1, ge=0)
+    """First epoch that is planned by embeddings; random before."""
+    refresh: str = "1 epochs"
+    """How often a new plan is made: epochs, or steps, which switch inside an epoch."""
+    refresh_pass: bool = False
+    """Embed every sample anew for each plan; false: take what training steps wrote."""
+    strict: bool = True
+    """Training waits for a plan that is late; false: it goes on with the old one and the step of
+    the switch is recorded."""
+    random_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of a batch that is drawn at random."""
+    skip_nearest: int = Field(default=0, ge=0)
+    """greedy: nearest neighbours that are passed over, as they may be unlabelled positives."""
+    neighbours: int = Field(default=32, ge=1)
+    """greedy: neighbours that a sample brings along, half of them nearest, half drawn."""
+    unique: tuple[Literal["label", "caption"], ...] = ()
+    """What no two samples of a batch may share."""
+    dim: int = Field(default=64, ge=1)
+    """Columns of the stored embeddings; wider ones are projected at random, by the seed."""
+    coordinates: str = ""
+    """coordinates: Parquet with key and numeric columns (latitude, longitude in degrees)."""
+    margin_bins: int = Field(default=10, ge=1)
+    """topics: equal-width bins of the hardness margin that a batch is balanced over."""
+    locality: int = Field(default=0, ge=0)
+    """Cluster inside groups of so many shards, so that a batch touches few; 0: everywhere."""
+    controller: bool = False
+    """Halve or double `cluster_size` at a plan to keep hardness within `band`; recorded."""
+    band: tuple[float, float] = (0.02, 0.2)
+    """Share of sampled rows whose hardest negative comes closer than the positive."""

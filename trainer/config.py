@@ -11,13 +11,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from data.config import DataConfig
+from data.config import DataConfig, NegativesConfig
 from trainer.eval_section import EvalConfig
 from trainer.sections import (
     CENTER_LOSSES,
+    LABEL_LOSSES,
     CentersConfig,
     CheckpointConfig,
     Config,
+    LabelsConfig,
     LogConfig,
     LossConfig,
     ModelConfig,
@@ -29,15 +31,18 @@ from trainer.sections import (
 
 __all__ = [
     "CENTER_LOSSES",
+    "LABEL_LOSSES",
     "CentersConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "LabelsConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",
+    "NegativesConfig",
     "OptimConfig",
     "ScheduleConfig",
     "TrainConfig",

@@ -8,7 +8,7 @@ from data.config import Section
 from trainer.duration import Duration
 
 Task = Literal[
-    "retrieval", "zero_shot", "recall", "verification", "identification", "all_pairs", "ijb"
+    "retrieval", "zero_shot", "recall", "verification", "identification", "all_pairs", "ijb", "xmc"
 ]
 
 
