@@ -7,7 +7,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from data.config import DataConfig, Section
+from data.config import DataConfig, NegativesConfig, Section
 from trainer.duration import Duration
 from trainer.eval_section import EvalConfig, Task
 
@@ -28,21 +28,40 @@ CenterLoss = Literal[
 ]
 CENTER_LOSSES: tuple[str, ...] = get_args(CenterLoss)
 """Losses against class centers: they train one backbone on labelled images."""
+LabelLoss = Literal["info_nce", "decoupled", "soft_topk", "topk_hinge", "one_vs_all"]
+LABEL_LOSSES: tuple[str, ...] = get_args(LabelLoss)
+"""Losses between texts and their labels, of which each may have several."""
 
 
 class ModelConfig(Section):
     """Both towers, or a face backbone: the architecture, its start weights, what is frozen."""
 
     name: str = "ViT-B-32"
-    """An open_clip model name, or the path of an open_clip JSON config. For losses against class
+    """An open_clip model name, or the path of an open_clip JSON config. For texts and labels: bag,
+    transformer, open_clip:NAME (its text tower), hf:FOLDER. For losses against class
     centers: iresnet18, 34, 50, 100, 200, resnet10, mobilefacenet, vit_t, s, b, l, h, timm:NAME."""
     pretrained: str = ""
     """Start weights: a local checkpoint, an open_clip tag, or `hf-hub:...`; empty: from scratch.
     Face backbones: a file of insightface's or of our own names."""
     width: int = Field(default=64, ge=1)
-    """Face backbones resnet10, 18, 34: channels of the first stage; each later one has twice."""
+    """Face backbones resnet10, 18, 34: channels of the first stage; each later one has twice.
+    Text towers bag and transformer: size of a token's vector."""
     embedding_dim: int = Field(default=512, ge=2)
-    """Face backbones: size of an embedding."""
+    """Face backbones and text towers: size of an embedding."""
+    layers: int = Field(default=2, ge=0)
+    """Text towers: layers of the transformer, hidden layers after a bag."""
+    heads: int = Field(default=4, ge=1)
+    """Text towers: attention heads of the transformer."""
+    context_length: int = Field(default=32, ge=1)
+    """Text towers bag and transformer: tokens of a text."""
+    buckets: int = Field(default=1 << 16, ge=2)
+    """Text towers bag and transformer: rows of the table that words are hashed into."""
+    ngrams: int = Field(default=1, ge=1, le=2)
+    """Text tower bag: 2 takes pairs of words too."""
+    skip: int = Field(default=0, ge=0)
+    """Text tower bag: words that may stand between a pair's."""
+    shared_towers: bool = True
+    """Texts and labels are embedded by one text tower, or by two."""
     image_size: int = Field(default=0, ge=0)
     """Face backbones: pixels of a side; 0: 112, or what the timm model was made for."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -87,8 +106,9 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The loss and its own options."""
 
-    name: Literal["clip", "siglip", CenterLoss] = "clip"
-    """clip: symmetric InfoNCE; siglip: pairwise sigmoid; the others: against class centers."""
+    name: Literal["clip", "siglip", CenterLoss, LabelLoss] = "clip"
+    """clip: symmetric InfoNCE; siglip: pairwise sigmoid; info_nce, decoupled, soft_topk, topk_hinge
+    and one_vs_all: texts against labels (`[labels]`); the others: against class centers."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread over all pairs (clip only)."""
     mask_equal_ids: bool = True
@@ -100,7 +120,8 @@ class LossConfig(Section):
     scale: float = Field(default=64.0, gt=0)
     """Class centers: multiplier of the cosines."""
     margin: float | None = None
-    """Class centers: the loss's margin (mean margin for elastic losses); None: as published."""
+    """Class centers: the loss's margin (mean margin for elastic losses); topk_hinge: its margin;
+    None: as published."""
     margins: tuple[float, float, float] = (1.0, 0.3, 0.2)
     """combined: m1, m2, m3 of cos(m1 theta + m2) - m3."""
     margin_std: float | None = None
@@ -114,6 +135,13 @@ class LossConfig(Section):
     beyond_pi: Literal["monotonic", "none", "easy"] | None = None
     """Where the target's angle and margin pass pi: go on falling, turn back as written, or take the
     margin only where the cosine is positive; None: as published, easy for magface, else falling."""
+    topk: int = Field(default=0, ge=0)
+    """topk_hinge: hardest negatives that count, 0: 10; soft_topk: labels to be ranked first, 0: as
+    many as the query has."""
+    topk_alpha: float = Field(default=2.0, gt=0)
+    """soft_topk: steepness of the sigmoid."""
+    topk_temperature: float = Field(default=0.0, ge=0)
+    """topk_hinge: weigh violating negatives by a softmax of this temperature; 0: all alike."""
     filter: Literal["none", "drop", "zero"] = "none"
     """Negatives above `filter_threshold` (likely the same person): kept, left out, or logit 0."""
     filter_threshold: float = Field(default=0.4, ge=-1, le=1)
@@ -202,6 +230,27 @@ class CentersConfig(Section):
     def classes_per_label(self) -> int:
         """Classes that a label of the data stands for."""
         return 4 if self.quarter_turns else 1
+
+
+class LabelsConfig(Section):
+    """The labels of texts: what a label's row is, and which of them take part in a step."""
+
+    table: str = ""
+    """Parquet with columns label, text and train_count; empty: labels.parquet beside the shards."""
+    rows: Literal["texts", "classifiers"] = "texts"
+    """texts: a tower embeds the label's text; classifiers: a row of its own for each label, in
+    parts over the ranks, moved by the optimizer of `[centers]`."""
+    over: Literal["batch", "all"] = "batch"
+    """Negatives of a query: labels of the global batch's queries, or all there are."""
+    init: str = ""
+    """classifiers: a run whose label embeddings they start from; empty: drawn."""
+    filter: str = ""
+    """Pairs (query, label) left out of evaluation; empty: filter_labels_test.txt beside the
+    evaluated shards, if there is one."""
+    propensity: tuple[float, float] = (0.55, 1.5)
+    """A and B of a label's inverse propensity: 0.5, 0.4 Wikipedia; 0.6, 2.6 Amazon."""
+    top: int = Field(default=100, ge=1)
+    """Labels predicted for a query in evaluation."""
 
 
 class OptimConfig(Section):
@@ -319,6 +368,8 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     centers: CentersConfig = CentersConfig()
+    labels: LabelsConfig = LabelsConfig()
+    negatives: NegativesConfig = NegativesConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
@@ -333,10 +384,17 @@ class Config(Section):
         return self.loss.name in CENTER_LOSSES
 
     @property
+    def has_labels(self) -> bool:
+        """True for texts against labels."""
+        return self.loss.name in LABEL_LOSSES
+
+    @property
     def eval_tasks(self) -> tuple[Task, ...]:
         """`eval.tasks`; where none is named, what such a model is judged by."""
         if self.eval.tasks:
             return self.eval.tasks
+        if self.has_labels:
+            return ("xmc",)
         if not self.has_centers:
             return ("retrieval",)
         return ("recall", "verification") if self.eval.pairs else ("recall",)
