@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from data.config import DataConfig, NegativesConfig
 from trainer.eval_section import EvalConfig
+from trainer.model_section import ModelConfig
 from trainer.sections import (
     CENTER_LOSSES,
     LABEL_LOSSES,
@@ -22,7 +23,6 @@ from trainer.sections import (
     LabelsConfig,
     LogConfig,
     LossConfig,
-    ModelConfig,
     OptimConfig,
     ScheduleConfig,
     TrainConfig,
