@@ -96,7 +96,7 @@ def judge(config: Config, ranks: Ranks | None = None, model: nn.Module | None = 
     return results | {"passes": getattr(model, "passes", 0)}
 
 
-def embedded(folder: Path, *, flip: bool = False) -> tuple[np.ndarray, list[str], list[int]]:
+def embedded(folder: Path, *, flip: bool = False, turned: int = 0) -> tuple[np.ndarray, list[str], list[int]]:
     """Rows, keys and labels, one image after the other."""
     index = load_index(str(folder / "faces/f-{0..2}.tar"), caption_key="")
     model, transform = Sketch().eval(), ImageTransform(16, None, resize_mode="squash")
@@ -107,10 +107,22 @@ def embedded(folder: Path, *, flip: bool = False) -> tuple[np.ndarray, list[str]
     rows = []
     with torch.no_grad():
         for member in reader.read_many(spans):
-            image = transform(decode_image(member), None)[None]
+            image = transform(decode_image(member), None)[None].rot90(turned, dims=(2, 3))
             row = model(image).rows[0]
             rows.append(row + model(image.flip(-1)).rows[0] if flip else row)
     return torch.stack(rows).double().numpy(), [e.key for e in entries], [e.label for e in entries]
+
+
+def test_quarter_turns_take_the_mean_cosine_over_four_views(folder):
+    results = judge(config_of(folder, tasks=("recall",), quarter_turns=True, batch_size=7))
+    views = [embedded(folder, turned=quarters)[0] for quarters in range(4)]
+    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in views]
+    assert np.abs(units[0] @ units[0].T - units[1] @ units[1].T).max() > 1e-3, "views differ"
+    labels = embedded(folder)[2]
+    rows = np.concatenate(units, axis=1) / 2  # cosines of these are the mean of the views'
+    recall, _ = metric_oracles.leave_one_out(rows.astype(np.float32), list(range(66)), labels, 1)
+    assert results["recall_R@1"] == pytest.approx(recall, abs=1e-12)
+    assert results["quarter_turns"] == 1
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -28,6 +28,9 @@ class EvalConfig(Section):
     or `imagenet`; empty: the distinct captions of each label in the evaluated shards."""
     flip: bool = False
     """Add the embedding of the mirror image to each image's, as published face figures do."""
+    quarter_turns: bool = False
+    """Embed an image in its four quarter turns, unit rows one after the other, so that a cosine is
+    the mean over them: for models trained with `centers.quarter_turns`."""
     pairs: str = ""
     """Verification: a table of pairs of the evaluated shards' keys (key_a, key_b, same; no header;
     or LFW's own). A `.bin` file among the shards brings its own pairs."""

@@ -128,6 +128,11 @@ class Validation:
     def build(cls, config: Config, model: Model, ranks: Ranks, shards: str | Sequence[str]) -> Self:
         """Open the sets in `shards`, with the transform and tokenizer that `model` needs."""
         sets = tuple(open_sets(config, shards))
+        height, width = model.image_size
+        if config.eval.quarter_turns and height != width:
+            raise ConfigError(
+                f"eval.quarter_turns turns square images, and this model takes {height} x {width}"
+            )
         about_texts = any(task in TEXT_TASKS for one in sets for task in one.config.tasks)
         spec = model.tokenizer_spec if about_texts else None
         return cls(
@@ -145,6 +150,8 @@ class Validation:
         The first rank writes the curves to `eval.roc`.
         """
         results: dict[str, float] = {"flip": int(self.config.eval.flip)}
+        if self.config.eval.quarter_turns:
+            results["quarter_turns"] = 1
         curves: dict[str, Curve] = {}
         for one in self.sets:
             of_set: dict[str, Curve] = {}

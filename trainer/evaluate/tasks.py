@@ -44,7 +44,14 @@ def evaluate(
     model is in evaluation mode meanwhile. Raises ConfigError for templates or classes that do not
     fit, DataError when there is nothing to evaluate.
     """
-    towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast, flip=config.flip)
+    towers = Towers(
+        model,
+        ranks,
+        batch_size=config.batch_size,
+        autocast=autocast,
+        flip=config.flip,
+        quarter_turns=config.quarter_turns,
+    )
     was_training = model.training
     model.eval()
     try:
