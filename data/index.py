@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data.errors import DataError
@@ -159,6 +161,24 @@ class Index:
             rows = self._rows.get(number)
             yield values if rows is None else values[rows]
 
+    def iter_label_lists(
+        self,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int32]]]:  # (counts[shard],), (their sum,)
+        """Shard by shard, how many labels the samples' lists have (-1: no list) and which."""
+        for number, table in enumerate(self._tables):
+            lists = table.columns(["labels"])["labels"].combine_chunks()
+            if number in self._rows:
+                lists = lists.take(pa.array(self._rows[number]))
+            counts = pc.fill_null(pc.list_value_length(lists), -1)
+            yield counts.to_numpy().astype(np.int64), lists.flatten().to_numpy()
+
+    def iter_keys(self) -> Iterator[pa.StringArray]:  # (counts[shard],)
+        """Shard by shard, the keys of the samples."""
+        for number, table in enumerate(self._tables):
+            keys = table.columns(["key"])["key"].combine_chunks()
+            rows = self._rows.get(number)
+            yield keys if rows is None else keys.take(pa.array(rows))
+
     @property
     def labels(self) -> NDArray[np.int64]:  # (len(self),)
         """Labels by id, -1 when unknown; read from the files at each call."""
@@ -209,17 +229,19 @@ def load_index(
     image_key: str = DEFAULT_KEYS.image,
     caption_key: str = DEFAULT_KEYS.caption,
     label_key: str = DEFAULT_KEYS.label,
+    label_lists: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> Index:
     """The index of a shard spec; only shards that are new or changed are scanned.
 
-    Samples without an image or a caption are left out and reported; an empty key asks for
-    nothing. A missing label is -1. Raises DataError for a missing shard, an empty set, and a key
-    that no sample has.
+    Samples without an image or a caption, and with `label_lists` without a list of labels, are
+    left out and reported; an empty key asks for nothing. A missing label is -1. Raises DataError
+    for a missing shard, an empty set, and a key that no sample has.
     """
     keys = Keys(image_key, caption_key, label_key)
-    required = [key for key in (keys.image, keys.caption_ending) if key]
+    lists = keys.labels if label_lists else ""
+    required = [key for key in (keys.image, keys.caption_ending, lists) if key]
     return build_index(
         expand_shards(spec), required=required, keys=keys, workers=workers, progress=progress
     )

@@ -23,6 +23,7 @@ Read = Callable[[int, int], bytes]
 """(offset, size) -> bytes of the shard."""
 
 MAX_TEXT_BYTES = 1 << 20  # longer captions and JSONs are left to whoever reads the sample
+MAX_LABEL = 2**31 - 1  # of lists, which are kept in 4 bytes each
 _FIRST_BYTES = 640  # a JPEG without EXIF tells its size here; where it does not, read further
 _MORE_BYTES = 1 << 16
 
@@ -33,6 +34,8 @@ class Keys(NamedTuple):
     image: str = "jpg;jpeg;png;webp"
     caption: str = "txt"
     label: str = "cls"
+    labels: str = "labels"
+    """Member of several labels: integers with blanks between them."""
 
     @property
     def caption_ending(self) -> str:
@@ -72,6 +75,8 @@ class Rows:
     height: NDArray[np.int64]  # (n,)
     label: NDArray[np.int64]  # (n,) -1 unknown
     caption: NDArray[np.int64]  # (n,) hash of the first caption, 0 unknown
+    label_counts: NDArray[np.int64]  # (n,) labels of a list, -1 where there is none or it is bad
+    label_ids: NDArray[np.int32]  # (sum of counts,) lists one after the other, each ascending
 
     def digest(self) -> str:
         """Identity of the samples: keys, endings and places."""
@@ -228,6 +233,8 @@ class RowBuilder:
             at = member[starts[:-1] + np.maximum(place, 0)] if len(layout) else member[:0]
             return np.where(place < 0, unknown, _column(column)[at])
 
+        list_starts = fact(self._fact, asked.labels, 0)
+        list_counts = fact(self._second_fact, asked.labels, -1)
         return Rows(
             keys=keys,
             layouts=layouts,
@@ -239,6 +246,8 @@ class RowBuilder:
             height=fact(self._second_fact, asked.image, 0),
             label=fact(self._fact, asked.label, -1),
             caption=fact(self._fact, asked.caption_ending, 0),
+            label_counts=list_counts,
+            label_ids=self._facts.label_ids(list_starts, list_counts),
         )
 
 
@@ -250,15 +259,21 @@ class _Facts:
         self._images = frozenset(keys.image.split(";")) - {""}
         self._labels = frozenset(keys.label.split(";")) - {""}
         self._captions = frozenset(keys.caption_ending.split(";")) - {""}
+        self._lists = frozenset(keys.labels.split(";")) - {""}
+        self._label_ids = array("i")
         self.json_fields: list[str] = []
         self.notes: list[Note] = []
 
     def of(self, ending: str, member: Member, read: Read) -> tuple[int, int]:
-        """(width, height), (label, 0), (caption hash, 0), or (0, 0) of any other member."""
+        """(width, height), (label, 0), (caption hash, 0), (start, count) of a list of labels, or
+        (0, 0) of any other member.
+        """
         if ending in self._images:
             return _stored_size(member, read)
         if ending in self._labels:
             return self._label(member, read), 0
+        if ending in self._lists:
+            return self._label_list(member, read)
         if member.size > MAX_TEXT_BYTES:
             return 0, 0
         if ending in self._captions:
@@ -266,6 +281,29 @@ class _Facts:
         if ending == "json" and not self.json_fields:
             self._parse(read(member.offset, member.size))
         return 0, 0
+
+    def label_ids(
+        self,
+        starts: NDArray[np.int64],  # (n,)
+        counts: NDArray[np.int64],  # (n,) -1: no list
+    ) -> NDArray[np.int32]:  # (sum of counts,)
+        """The lists that `of` has told of, one after the other."""
+        counts = np.maximum(counts, 0)
+        before = np.cumsum(counts) - counts
+        places = np.repeat(starts - before, counts) + np.arange(counts.sum())
+        return np.array(self._label_ids, np.int32)[places]
+
+    def _label_list(self, member: Member, read: Read) -> tuple[int, int]:
+        """Its place in `_label_ids` and length, -1 for a list that cannot be."""
+        text = read(member.offset, min(member.size, MAX_TEXT_BYTES))
+        labels = parse_labels(text) if member.size <= MAX_TEXT_BYTES else None
+        if labels is not None:
+            self._label_ids.extend(labels)
+            return len(self._label_ids) - len(labels), len(labels)
+        key = (split_name(member.name) or ("",))[0]
+        detail = f"{member.name} holds {text[:32]!r}, which are no integers from 0 to 2^31 - 1"
+        self.notes.append(Note("bad_label", member.offset, detail, key))
+        return 0, -1
 
     def _label(self, member: Member, read: Read) -> int:
         text = read(member.offset, min(member.size, 32))
@@ -300,6 +338,15 @@ class _Facts:
             return {}
         self.json_fields = self.json_fields or list(tree)[:100]
         return tree
+
+
+def parse_labels(text: bytes) -> list[int] | None:
+    """Integers with blanks between them, ascending and each once; None if it is anything else."""
+    try:
+        labels = sorted(set(map(int, text.split())))
+    except ValueError:
+        return None
+    return labels if not labels or (labels[0] >= 0 and labels[-1] <= MAX_LABEL) else None
 
 
 def find_ending(layout: Sequence[str], endings: str) -> int:

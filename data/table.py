@@ -2,7 +2,8 @@
 
 It lies beside the shard where that folder can be written to, else under `$NSPHERE_CACHE` or
 `~/.cache/nsphere`. Columns: key, endings ("cls/jpg/txt"), offsets, sizes, width, height, label,
-caption; the footer says of which version of the shard it speaks and what was wrong there.
+caption, labels (lists, null where unknown); the footer says of which version of the shard it speaks
+and what was wrong there.
 """
 
 import hashlib
@@ -28,10 +29,14 @@ from data.shards import INDEX_ENDING, local_path
 ROW_GROUP = 1024
 """Rows that are read together."""
 
-_FORMAT = 1
+_FORMAT = 2
 _FOOTER = b"nsphere"
 _SCALARS = ("width", "height", "label", "caption")
-_DELTAS = ("offsets.list.element", "sizes.list.element", "width", "height", "label")
+_DELTAS = (
+    *("offsets.list.element", "sizes.list.element", "labels.list.element"),
+    *("width", "height", "label"),
+)
+_IN_BLOCKS = ["key", "endings", "offsets", "sizes", *_SCALARS]
 
 
 class Source(NamedTuple):
@@ -65,7 +70,8 @@ class ShardTable:
 
     def block(self, number: int) -> "Block":
         """Rows `number * ROW_GROUP` and on. Raises DataError if the file changed."""
-        return Block.from_table(self._open().read_row_group(number, use_threads=False))
+        table = self._open().read_row_group(number, columns=_IN_BLOCKS, use_threads=False)
+        return Block.from_table(table)
 
     def _open(self) -> pq.ParquetFile:
         try:
@@ -213,12 +219,15 @@ def _write(table: pa.Table, path: Path) -> None:
 def _arrow_table(rows: Rows) -> pa.Table:
     texts = pa.array(["/".join(layout) for layout in rows.layouts], pa.string())
     starts = pa.array(rows.starts, pa.int32())
+    lists = np.cumsum([0, *np.maximum(rows.label_counts, 0)], dtype=np.int32)
+    unknown = pa.array(rows.label_counts < 0)
     columns: dict[str, Any] = {
         "key": pa.array(rows.keys, pa.string()),
         "endings": pa.DictionaryArray.from_arrays(pa.array(rows.layout, pa.int32()), texts),
         "offsets": pa.ListArray.from_arrays(starts, rows.offsets),
         "sizes": pa.ListArray.from_arrays(starts, rows.sizes),
         **{name: pa.array(getattr(rows, name), pa.int64()) for name in _SCALARS},
+        "labels": pa.ListArray.from_arrays(pa.array(lists), rows.label_ids, mask=unknown),
     }
     return pa.table(columns)
 

@@ -76,10 +76,14 @@ def explain_empty(tables: Sequence[ShardTable], required: Sequence[str]) -> str:
         return f"{first}: no sample in there{f'; {notes[0]}' if notes else ''}"
     for asked in required:
         if find_ending(endings, asked) < 0:
+            advice = (
+                "nsphere pack xmc writes shards with lists of labels"
+                if asked == tables[0].keys.labels
+                else "set data.image_key or data.caption_key to these"
+            )
             return (
                 f"no sample has a member that ends in {' or '.join(asked.split(';'))};"
-                f" the endings that exist are {', '.join(endings[:LISTED])}:"
-                " set data.image_key or data.caption_key to these"
+                f" the endings that exist are {', '.join(endings[:LISTED])}: {advice}"
             )
     field = tables[0].keys.caption_field
     fields = sorted({name for table in tables for name in table.json_fields})

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from launch import pack_xmc
 from launch.pack_commands import pack
 from launch.progress import shard_progress
 
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "order", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
     )(order)
+    pack_xmc.register(pack)
     app.add_typer(pack, name="pack")
 
 

@@ -25,13 +25,15 @@ def index_shards(
 ) -> Index:
     """The index of some shards with the member names of `[data]`; built where it is missing.
 
-    A run against class centers needs no captions.
+    A run against class centers needs no captions; one of texts against labels no images, but lists
+    of labels.
     """
     return load_index(
         shards,
-        image_key=config.data.image_key,
+        image_key="" if config.has_labels else config.data.image_key,
         caption_key="" if config.has_centers else config.data.caption_key,
         label_key=config.data.label_key,
+        label_lists=config.has_labels,
         progress=progress,
     )
 
