@@ -16,12 +16,12 @@ from torch.utils.data import get_worker_info
 
 from data.augment import ImageTransform, KeyedRng
 from data.config import DataConfig
-from data.dataset import Int64s, Rows, SampleSet
+from data.dataset import Int64s, Piece, Rows, SampleSet
 from data.decode import BadSample, decode_image
 from data.errors import DataError
 from data.index import Entry, Index, Part
 from data.order import derive_key
-from data.read import Reader
+from data.read import Reader, Span
 from data.text import CaptionReader, Tokenizer, TokenizerSpec, build_tokenizer, caption_hash
 
 MAX_SUBSTITUTES = 32
@@ -41,7 +41,7 @@ class Bad(NamedTuple):
 class Batch:
     """Rows of one global batch, on the CPU."""
 
-    images: Tensor  # (n, 3, H, W) uint8, channels last in memory
+    images: Tensor  # (n, 3, H, W) uint8, channels last in memory; (n, 3, 0, 0) of texts alone
     texts: Tensor  # (n, T) int64
     ids: Tensor  # (n,) int64 sample id over all sources, of the sample really delivered
     caption_ids: Tensor  # (n,) int64 hash of the caption chosen
@@ -90,21 +90,24 @@ def join_batches(pieces: Sequence[Batch]) -> Batch:
 
 
 class SampleReader:
-    """Bytes of samples, and pictures and captions from bytes; open files stay in the process."""
+    """Bytes of samples, and pictures and captions from bytes; open files stay in the process.
+
+    Without a transform, and where the configuration has no image key, samples are texts alone.
+    """
 
     def __init__(
         self,
         config: DataConfig,
-        transform: ImageTransform,
+        transform: ImageTransform | None,
         spec: TokenizerSpec | None,
         indexes: Sequence[Index],
     ) -> None:
         self.config = config
-        self.transform = transform
+        self._transform = transform if config.image_key else None
         self.captions = CaptionReader(config.caption_key, normalize=config.normalize_captions)
         self.tokenizer: Tokenizer | None = build_tokenizer(spec) if spec else None
-        self._wanted = [config.image_key]
-        if self.tokenizer is not None:
+        self._wanted = [config.image_key] if self.has_images else []
+        if self.reads_captions:
             self._wanted.append(";".join(self.captions.endings))
         self._reader = Reader(
             cache_dir=config.cache_dir,
@@ -116,26 +119,41 @@ class SampleReader:
             },
         )
 
+    @property
+    def has_images(self) -> bool:
+        """Images are the first member that is read of a sample."""
+        return self._transform is not None
+
+    @property
+    def reads_captions(self) -> bool:
+        """Captions are the last member that is read of a sample."""
+        return self.tokenizer is not None
+
     def read(self, entries: Sequence[Entry]) -> list[tuple[memoryview | bytes, ...]]:
-        """Image and caption member of each entry; DataError where a shard cannot be read."""
-        spans = [
-            (entry.shard, part.offset, part.size)
-            for entry in entries
-            for part in self._parts(entry)
-        ]
-        found = self._reader.read_many(spans)
+        """Image and caption member of each entry, those that are wanted; DataError where a shard
+        cannot be read.
+        """
+        found = self._reader.read_many(self._spans(entries))
         each = len(self._wanted)
-        return [tuple(found[first : first + each]) for first in range(0, len(found), each)]
+        return [tuple(found[row * each : (row + 1) * each]) for row in range(len(entries))]
+
+    def will_need(self, entries: Sequence[Entry]) -> None:
+        """These will be read soon: let the system, or the node's cache, fetch them meanwhile."""
+        self._reader.will_need(self._spans(entries))
 
     def picture(
         self, member: memoryview | bytes, rng: np.random.Generator | None, out: Tensor
     ) -> None:
         """Decode and transform an image member into `out`; BadSample when it cannot be."""
-        self.transform(decode_image(member, self.config.max_pixels), rng, out)
+        if self._transform is None:
+            raise ValueError("this reader is of texts alone")
+        self._transform(decode_image(member, self.config.max_pixels), rng, out)
 
     def new_images(self, num: int) -> Tensor:  # (num, 3, H, W) uint8
-        """Memory for pictures, in the layout that is fastest to fill."""
-        height, width = self.transform.size
+        """Memory for pictures, in the layout that is fastest to fill; none for texts alone."""
+        if self._transform is None:
+            return torch.empty((num, 3, 0, 0), dtype=torch.uint8)
+        height, width = self._transform.size
         shape = (num, height, width, 3)
         images = torch.empty(0, dtype=torch.uint8)
         if get_worker_info() is None:
@@ -150,6 +168,13 @@ class SampleReader:
         if self.tokenizer is None:
             return torch.empty((len(captions), 0), dtype=torch.int64)
         return self.tokenizer(captions)
+
+    def _spans(self, entries: Sequence[Entry]) -> list[Span]:
+        return [
+            (entry.shard, part.offset, part.size)
+            for entry in entries
+            for part in self._parts(entry)
+        ]
 
     def _parts(self, entry: Entry) -> Iterator[Part]:
         for endings in self._wanted:
@@ -172,9 +197,11 @@ class TrainRows:
         self._image_rng = KeyedRng(seed, "image")
         self._caption_rng = KeyedRng(seed, "caption")
 
-    def load(self, positions: Int64s) -> Batch:
+    def load(self, piece: Piece) -> Batch:
         """The samples at these positions, a bad one replaced by a good one of its source."""
-        rows = self.samples.rows(positions, self.global_batch_size)
+        if piece.ahead is not None:
+            self.reader.will_need(self.samples.entries(piece.ahead))
+        rows = self.samples.rows(piece.positions, self.global_batch_size, piece.segments)
         entries = self.samples.entries(rows.ids)
         members = self.reader.read(entries)
         images = self.reader.new_images(len(entries))
@@ -195,7 +222,7 @@ class TrainRows:
             ids=torch.tensor(ids, dtype=torch.int64),
             caption_ids=torch.tensor([caption_hash(text) for text in captions], dtype=torch.int64),
             labels=torch.tensor([entry.label for entry in entries], dtype=torch.int64),
-            positions=torch.from_numpy(positions),
+            positions=torch.from_numpy(piece.positions),
             keys=[entry.name for entry in entries],
             num_bad=num_bad,
             bad=tuple(bad),
@@ -206,11 +233,13 @@ class TrainRows:
     ) -> str:
         """Put the sample's picture into `image`; return the caption drawn for it."""
         caption = ""
-        if len(members) > 1:
-            choices = self.reader.captions.captions(members[1])
-            rng = self._caption_rng(epoch, sample)
-            caption = self.reader.captions.choose(choices, rng)
-        self.reader.picture(members[0], self._image_rng(epoch, sample), image)
+        if self.reader.reads_captions:
+            choices = self.reader.captions.captions(members[-1])
+            caption = choices[0]
+            if len(choices) > 1:
+                caption = self.reader.captions.choose(choices, self._caption_rng(epoch, sample))
+        if self.reader.has_images:
+            self.reader.picture(members[0], self._image_rng(epoch, sample), image)
         return caption
 
     def _substitute(
@@ -219,7 +248,8 @@ class TrainRows:
         """A good sample drawn by position, so that every world size draws the same one."""
         source, epoch = int(rows.sources[row]), int(rows.epochs[row])
         position = int(rows.positions[row])
-        batch = self.samples.batch(position // self.global_batch_size, self.global_batch_size)
+        step = position // self.global_batch_size
+        batch = self.samples.batch(step, self.global_batch_size, rows.segments)
         taken = set(batch.ids.tolist())
         for attempt in range(MAX_SUBSTITUTES):
             key = derive_key(self.seed, _SUBSTITUTE, position, attempt)[0]
@@ -254,8 +284,11 @@ class EvalRows:
         good, captions, owners, bad = list[int](), list[str](), list[int](), list[Bad]()
         for row, entry in enumerate(entries):
             try:
-                texts = self.reader.captions.captions(members[row][1]) if members[row][1:] else []
-                self.reader.picture(members[row][0], None, images[len(good)])
+                texts = list[str]()
+                if self.reader.reads_captions:
+                    texts = self.reader.captions.captions(members[row][-1])
+                if self.reader.has_images:
+                    self.reader.picture(members[row][0], None, images[len(good)])
             except BadSample as error:
                 bad.append(Bad(entry.shard, entry.key, str(error)))
                 continue

@@ -100,6 +100,9 @@ class DataConfig(Section):
     """Equal parts of the chunk sequence that feed a global batch in turn."""
     window: int = Field(default=64, ge=1)
     """Chunks of a lane whose samples are permuted together."""
+    read_ahead: int = Field(default=1024, ge=0)
+    """Planned batches lie all over the shards: samples of a rank that the system, or the node's
+    cache, is asked for before a worker reads them; 0: none."""
     batching: Literal["plain", "identities", "planned"] = "plain"
     """plain: samples in a shuffled order; identities: each global batch is
     global_batch_size / images_per_identity identities with `images_per_identity` images each;
@@ -151,6 +154,9 @@ class NegativesConfig(Section):
     """First epoch that is planned by embeddings; random before."""
     refresh: str = "1 epochs"
     """How often a new plan is made: epochs, or steps, which switch inside an epoch."""
+    lead: str = "0.1 epochs"
+    """How long before its first batch a plan is asked for: the time there is to make it. Its
+    embeddings are that much older."""
     refresh_pass: bool = False
     """Embed every sample anew for each plan; false: take what training steps wrote."""
     strict: bool = True

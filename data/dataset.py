@@ -1,7 +1,7 @@
 """A training set: indexes, an order for each, and their mix, as one function position -> sample.
 
-With identity batches, groups of images of one identity are mixed instead of single images; the rest
-of the loader does not know.
+With identity batches, groups of images of one identity are mixed instead of single images; with
+planned batches stored plans say which sample comes when. The rest of the loader does not know.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from data.identity_order import IdentityOrder
 from data.index import Entry, Index
 from data.mix import Mix
 from data.order import ORDER_VERSION, BatchOf, Order, check_batch_size, equal_batches
+from data.planned_order import PlannedOrder, Segment
 
 LOG = logging.getLogger("nsphere.data")
 Int64s = NDArray[np.int64]
@@ -31,6 +32,18 @@ class Rows(NamedTuple):
     sources: Int64s  # (n,)
     epochs: Int64s  # (n,) epoch of the source
     ids: Int64s  # (n,) sample id over all sources
+    segments: tuple[Segment, ...] = ()
+    """Planned batches: what was looked among."""
+
+
+class Piece(NamedTuple):
+    """Some positions of one global batch, and what another process needs to know of the order."""
+
+    positions: Int64s  # (n,)
+    segments: tuple[Segment, ...] = ()
+    """Planned batches: those that hold the whole global batch."""
+    ahead: Int64s | None = None
+    """(m,) samples that will be read soon, said once."""
 
 
 class SampleSet:
@@ -47,12 +60,19 @@ class SampleSet:
         window: int = 64,
         images_per_identity: int = 0,
         remainder: Remainder = "drop",
+        planned: bool = False,
     ) -> None:
         """`images_per_identity` K makes each global batch of B samples B/K identities' groups of K
-        (`data/identity_order.py`); 0 orders samples without regard to labels.
+        (`data/identity_order.py`); 0 orders samples without regard to labels. `planned`: by the
+        segments of `self.planned` (`data/planned_order.py`), which starts as the plain order.
         """
         if len(indexes) != len(weights) or not indexes:
             raise ValueError(f"{len(indexes)} indexes and {len(weights)} weights do not match")
+        if planned and len(indexes) > 1:
+            raise DataError(
+                f'data.batching = "planned" takes one source, not {len(indexes)}: name all shards '
+                "in data.shards, or take plain batches"
+            )
         self.indexes = tuple(indexes)
         self.mix = Mix(weights)
         # Equal sources must not run in step, or a batch would hold each sample twice.
@@ -68,6 +88,7 @@ class SampleSet:
         self.images_per_identity = images_per_identity
         self.identity_orders: tuple[IdentityOrder, ...] = ()
         """One a source, none with plain batches."""
+        self.planned = PlannedOrder(self.orders[0], self.fingerprint) if planned else None
         if images_per_identity:
             self._order_identities(seed, remainder)
 
@@ -94,10 +115,18 @@ class SampleSet:
         self,
         positions: Int64s,  # (n,) in any order
         global_batch_size: int,
+        segments: tuple[Segment, ...] = (),
     ) -> Rows:
-        """Samples at these positions, when step s consumes `global_batch_size` from s times it."""
+        """Samples at these positions, when step s consumes `global_batch_size` from s times it.
+
+        Of planned batches by these `segments`, which hold all positions; none: by those known here.
+        """
         if self.identity_orders:
             return self._identity_rows(positions, global_batch_size)
+        if self.planned is not None:
+            batch_of = equal_batches(global_batch_size)
+            epochs, ids = self.planned.ids(positions, batch_of, segments)
+            return Rows(positions, np.zeros_like(positions), epochs, ids, segments)
         sources, places = self.mix.split(positions)
         epochs, ids = np.empty_like(positions), np.empty_like(positions)
         for source, order in enumerate(self.orders):
@@ -108,11 +137,12 @@ class SampleSet:
                 ids[mine] = local + self.offsets[source]
         return Rows(positions, sources, epochs, ids)
 
-    def batch(self, step: int, global_batch_size: int) -> Rows:
-        """Global batch `step`, 0-based: no sample twice."""
+    def batch(self, step: int, global_batch_size: int, segments: tuple[Segment, ...] = ()) -> Rows:
+        """Global batch `step`, 0-based: no sample twice. `segments` as `rows` takes them."""
         self.check_batch_size(global_batch_size)
         start = step * global_batch_size
-        return self.rows(np.arange(start, start + global_batch_size), global_batch_size)
+        positions = np.arange(start, start + global_batch_size)
+        return self.rows(positions, global_batch_size, segments)
 
     def entries(self, ids: Int64s) -> list[Entry]:  # (n,) ids over all sources
         """Index entries of samples, in the order asked for; `Entry.id` stays that of its source."""
@@ -235,6 +265,7 @@ def build_sample_set(indexes: Sequence[Index], config: DataConfig, *, seed: int)
         window=config.window,
         images_per_identity=config.images_per_identity if by_identity else 0,
         remainder=config.remainder,
+        planned=config.batching == "planned",
     )
 
 

@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from data.augment import ImageTransform
 from data.batch import Batch, EvalBatch, EvalRows, SampleReader, TrainRows, join_batches
 from data.config import DataConfig
-from data.dataset import Int64s, SampleSet
+from data.dataset import Int64s, Piece, SampleSet
 from data.errors import DataError
 from data.index import Index
+from data.order import equal_batches
+from data.planned_order import PlannedOrder
 from data.text import TokenizerSpec
 
 __all__ = ["Batch", "EvalBatch", "TrainLoader", "iter_eval_batches"]
@@ -47,7 +49,7 @@ class TrainLoader:
         samples: SampleSet,
         config: DataConfig,
         *,
-        image_transform: ImageTransform,
+        image_transform: ImageTransform | None,  # None: of texts alone
         tokenizer_spec: TokenizerSpec | None,
         global_batch_size: int,
         seed: int,
@@ -61,25 +63,60 @@ class TrainLoader:
         self.world_size = world_size
         reader = SampleReader(config, image_transform, tokenizer_spec, samples.indexes)
         rows = TrainRows(samples, reader, global_batch_size=global_batch_size, seed=seed)
+        self._samples = samples
         self._pool = _Pool(rows.load, config, pin=device_type == "cuda")
+        self._read_ahead = config.read_ahead
+        self._cut_until = 0
         self._ledger = _Ledger(config.max_bad_fraction)
 
     def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
         """Global batches [first_step, first_step + num_steps), 0-based; seeking costs nothing.
 
-        The workers stay for the next call, which ends this one. DataError when a shard cannot be
-        read, or when more than `max_bad_fraction` of this rank's samples were bad.
+        The workers stay for the next call, which ends this one. Of planned batches those are read
+        ahead that are decided; at least the next one is when it is asked for. DataError when a
+        shard cannot be read, or when more than `max_bad_fraction` of this rank's samples were bad.
         """
-        steps = range(first_step, first_step + num_steps)
-        pieces = self._pool.run(piece for step in steps for piece in self._cut(step))
-        for step in steps:
-            batch = join_batches([next(pieces) for _ in self._cut(step)])
-            self._ledger.add(batch)
-            yield batch
+        step, last = first_step, first_step + num_steps
+        while step < last:
+            pieces = self._pool.run(self._pieces(step, last))
+            self._cut_until = step + 1
+            while step < self._cut_until:
+                batch = join_batches([next(pieces) for _ in self._cut(step)])
+                self._ledger.add(batch)
+                yield batch
+                step += 1
 
     def close(self) -> None:
         """End the workers; the next `batches` starts them again."""
         self._pool.close()
+
+    def _pieces(self, first: int, last: int) -> Iterator[Piece]:
+        """The work of steps [first, last), up to the first that is not decided when it is asked."""
+        planned, size = self._samples.planned, self.global_batch_size
+        if planned is None:
+            self._cut_until = last
+            yield from (Piece(cut) for step in range(first, last) for cut in self._cut(step))
+            return
+        for step in range(first, last):
+            if step > first and planned.end < (step + 1) * size:
+                return
+            self._cut_until = step + 1
+            segments = planned.between(step * size, (step + 1) * size)
+            ahead = self._ahead(planned, step, first)
+            for cut in self._cut(step):
+                yield Piece(cut, segments, ahead)
+                ahead = None
+
+    def _ahead(self, planned: PlannedOrder, step: int, first: int) -> Int64s | None:
+        """This rank's samples of the window of steps that follows the one which `step` begins."""
+        size = self.global_batch_size
+        window = max(1, self._read_ahead * self.world_size // size)
+        if not self._read_ahead or (step - first) % window:
+            return None
+        start = (step + (1 if step == first else window)) * size
+        stop = min((step + 2 * window) * size, planned.end)
+        positions = np.arange(start + self.rank, stop, self.world_size)
+        return planned.ids(positions, equal_batches(size), planned.between(start, stop))[1]
 
     def _cut(self, step: int) -> list[Int64s]:
         """This rank's positions in a global batch, as pieces of nearly equal size."""
@@ -92,7 +129,7 @@ def iter_eval_batches(
     index: Index,
     config: DataConfig,
     *,
-    image_transform: ImageTransform,
+    image_transform: ImageTransform | None,  # None: of texts alone
     tokenizer_spec: TokenizerSpec | None,
     batch_size: int,
     rank: int,
@@ -122,7 +159,7 @@ def iter_eval_batches(
 class _Pool:
     """Pieces of work through a torch DataLoader: in order, read ahead, errors as raised."""
 
-    def __init__(self, load: Callable[[Int64s], Any], config: DataConfig, *, pin: bool) -> None:
+    def __init__(self, load: Callable[[Any], Any], config: DataConfig, *, pin: bool) -> None:
         self._work = _Work()
         self._ending = torch.zeros(1, dtype=torch.bool).share_memory_()
         workers = config.workers
@@ -144,7 +181,7 @@ class _Pool:
         self._loader: DataLoader[Any] | None = None
         Finalize(self, _set, args=(self._ending,), exitpriority=100)
 
-    def run(self, work: Iterable[Int64s]) -> Iterator[Any]:
+    def run(self, work: Iterable[Any]) -> Iterator[Any]:
         """The loaded item of each piece of work."""
         self._work.pieces = iter(work)
         try:
@@ -177,19 +214,19 @@ class _Pool:
 class _Work:
     """Hands the DataLoader whatever pieces of work were set last."""
 
-    pieces: Iterator[Int64s] = iter(())
+    pieces: Iterator[Any] = iter(())
 
-    def __iter__(self) -> Iterator[Int64s]:
+    def __iter__(self) -> Iterator[Any]:
         return self.pieces
 
 
 class _Loading(Dataset[Any]):
     """A user's error travels as a value: torch would wrap it in the worker's traceback."""
 
-    def __init__(self, load: Callable[[Int64s], Any]) -> None:
+    def __init__(self, load: Callable[[Any], Any]) -> None:
         self._load = load
 
-    def __getitem__(self, piece: Int64s) -> Any:
+    def __getitem__(self, piece: Any) -> Any:
         try:
             return self._load(piece)
         except DataError as error:

@@ -4,6 +4,7 @@ Files are read by pread; remote stores by range, through the node's cache where 
 sources that cannot seek are written once to a plain tar on this node and read from there.
 """
 
+import contextlib
 import gzip
 import logging
 import os
@@ -87,6 +88,30 @@ class Reader:
         if remote:  # waiting on a store takes no processor: side by side
             list(self._pool().map(partial(self._read_run, spans=spans, found=found), remote))
         return found
+
+    def will_need(self, spans: Sequence[Span]) -> None:
+        """Spans that are read soon: files are read ahead by the system, and remote pieces fetched
+        into the node's cache, in order of shard and offset; without a cache these have no place.
+
+        Nothing is raised here: what is wrong with a shard is told by the read that needs it.
+        """
+        if self._pid != os.getpid():
+            self._start()
+        keep = self.cache_dir is not None and self.cache_bytes
+        wanted = [span for span in spans if keep or "://" not in span[0]]
+        try:
+            self._open_remote({shard for shard, _, _ in wanted})
+            for run in self._iter_runs(wanted):
+                if isinstance(run.store, FileStore):
+                    run.store.will_need(run.start, run.end - run.start)
+                else:
+                    self._pool().submit(self._fetch_quietly, run)
+        except (DataError, OSError) as error:
+            LOG.info("reading ahead: %s", error)
+
+    def _fetch_quietly(self, run: "_Run") -> None:
+        with contextlib.suppress(DataError, OSError):
+            self._read_remote(run.store, run.start, run.end - run.start)
 
     def size_of(self, shard: str) -> Version:
         """Size in bytes and version of a shard, as its place tells."""

@@ -25,6 +25,7 @@ from trainer.ema import WeightAverage
 from trainer.engine import Engine
 from trainer.metrics import MetricsWriter, StepClock, peak_memory_bytes
 from trainer.objectives import Model, Objective
+from trainer.planning import Planning
 from trainer.ranks import Ranks
 from trainer.run import write_samples
 from trainer.schedule import learning_rate
@@ -99,18 +100,25 @@ class Loop:
     validation: Validation | None
     epoch_samples: int
     clock: StepClock
+    planning: Planning | None = None
     _last_save: float = 0.0
 
     def run(self, loader: TrainLoader, state: TrainState, stop: Callable[[], bool]) -> TrainState:
         """Train from `state` to the end, or to the step at which some rank was asked to stop."""
         self._last_save = time.monotonic()
         saved_step = state.step
+        if self.planning is not None:
+            self.planning.begin(self.engine.forward_model(), state.step)
         self.clock.restart()
         for batch in loader.batches(state.step, self.plan.total_steps - state.step):
             self.clock.mark("data_wait")
             output = self.stepper(batch, state.step, self._learning_rate(state))
             agreed = self._agree(output, batch, stop)
             state = self._advance(state, output, agreed)
+            if self.planning is not None:
+                module = self.engine.forward_model()
+                self.planning.after_step(module, state.step, batch, output)
+                self.clock.mark("planning")
             self._record(state, batch, output, agreed)
             last = state.step == self.plan.total_steps
             if last or _is_due(state.step, self.plan.eval_every):
@@ -201,6 +209,7 @@ class Loop:
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
             **self.objective.numbers(output.outputs),
+            **(self.planning.numbers(state.step) if self.planning is not None else {}),
             **seconds,
         }
         self.writer.write_step(state.step, state.samples_seen, values)
@@ -236,6 +245,10 @@ class Loop:
     def _save(self, state: TrainState) -> None:
         average_buffers(self.model, self.ranks)
         files: dict[str, Any] = {**self.engine.files(), **self.objective.files()}
+        if self.planning is not None:
+            self.planning.before_save(state.step)
+            files |= self.planning.files()
+            state = replace(state, segments=self.planning.segments)
         averages = self.average.whole() if self.average is not None else None
         if self.ranks.is_first:
             if averages is not None:

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "data.val_shards",
     "data.workers",
     "data.prefetch",
+    "data.read_ahead",
     "data.cache_dir",
     "data.cache_bytes",
     "data.max_bad_fraction",

@@ -1,0 +1,5 @@
+"""Planned batches while training: `Planning` is what the loop holds; read `planning.py` first."""
+
+from trainer.planning.planning import Planning
+
+__all__ = ["Planning"]

@@ -1,0 +1,121 @@
+"""Plans on the disk: made once by rank 0, found again by whoever needs the same one.
+
+A plan is a function of the store, and the store of the embeddings that training wrote. A run that
+was killed and repeats its steps at the same world size would make the same plan again; at another
+world size its embeddings differ by rounding, and so would the plan. Neither happens where the plan
+is on the disk already: it is taken. Plans that come later at another world size follow from
+embeddings which differ by rounding, and may hold other clusters.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.config import NegativesConfig
+from data.dataset import SampleSet
+from data.errors import DataError
+from data.negatives.columns import SampleColumns
+from data.negatives.plan import BatchPlan, Head, PlanHeader, make_plan
+from data.negatives.reshuffle import reshuffle_plan
+from data.negatives.store import Snapshot
+
+Int64s = NDArray[np.int64]
+
+logger = logging.getLogger("nsphere.planning")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is to be made of; everything but the embeddings."""
+
+    name: str
+    version: int
+    asked_step: int
+    ids: Int64s  # (n,) rising
+    head: Head
+    knobs: NegativesConfig
+    base: BatchPlan | None = None
+    """Its clusters are shuffled; None: new ones are made."""
+    salt: int = 0
+
+
+@dataclass(frozen=True)
+class PlanMaker:
+    """Makes plans of one run's samples, or finds them."""
+
+    folder: Path  # RUN/plans
+    seed: int
+    batch_size: int
+    columns: SampleColumns
+    fingerprint: str
+
+    def find(self, request: Request) -> PlanHeader | None:
+        """The plan of an earlier life of this run that is just what is asked for, if it is there.
+
+        One that is torn, or that other steps have led to, is passed over and made anew.
+        """
+        folder = self.folder / request.name
+        if not folder.is_dir():
+            return None
+        try:
+            plan = BatchPlan.load(folder, self.fingerprint)
+        except DataError as error:
+            logger.warning("a plan is made anew: %s", error)
+            return None
+        lead = min(request.head.places, len(request.ids))
+        same = (
+            plan.header.version == request.version
+            and plan.header.asked_step == request.asked_step
+            and plan.header.seed == self.seed
+            and plan.header.batch_size == self.batch_size
+            and plan.header.lead == lead
+            and plan.header.knobs == request.knobs.model_dump(mode="json")
+            and np.array_equal(np.sort(plan.order), request.ids)
+            and not np.isin(plan.order[:lead], request.head.avoid).any()
+        )
+        return plan.header if same else None
+
+    def make(self, request: Request, snapshot: Snapshot | None) -> PlanHeader:
+        """Find the plan or make and store it."""
+        found = self.find(request)
+        if found is not None:
+            return found
+        if request.base is not None:
+            plan = reshuffle_plan(
+                request.base,
+                request.ids,
+                version=request.version,
+                asked_step=request.asked_step,
+                salt=request.salt,
+                head=request.head,
+                columns=self.columns,
+            )
+        else:
+            plan = make_plan(
+                snapshot,
+                request.ids,
+                request.knobs,
+                seed=self.seed,
+                version=request.version,
+                batch_size=self.batch_size,
+                asked_step=request.asked_step,
+                head=request.head,
+                columns=self.columns,
+            )
+        return plan.save(self.folder / request.name).header
+
+
+def read_columns(samples: SampleSet, config: NegativesConfig) -> SampleColumns:
+    """What the planner of `config` knows of the samples beside their embeddings."""
+    (index,) = samples.indexes
+    by_label = "label" in config.unique or config.planner == "identities"
+    return SampleColumns(
+        fingerprint=samples.fingerprint,
+        num_samples=samples.num_samples,
+        labels=index.labels if by_label else None,
+        captions=index.column("caption") if "caption" in config.unique else None,
+        shards=np.repeat(np.arange(len(index.counts)), index.counts) if config.locality else None,
+    )

@@ -1,0 +1,384 @@
+"""Planning while training: what a run with planned batches does after each step.
+
+Embeddings of the step go to the store (`rows.py`). When a plan is asked for (`schedule.py`), rank 0
+takes a copy of the store and makes the plan beside training (`background.py`, `maker.py`). On all
+ranks at once it becomes part of the order (`data/planned_order.py`), before the loader needs it: a
+batch of a plan that is not there yet is never asked for. Which decision fell where is in the table
+of segments, which every checkpoint holds with the store's rows (`stored.py`); a save waits for the
+plan under way. So a run that goes on from a checkpoint has the same batches, of the same files.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.config import NegativesConfig
+from data.dataset import SampleSet
+from data.errors import DataError
+from data.loader import Batch
+from data.negatives.plan import BatchPlan, PlanHeader, grown_cluster_size
+from data.negatives.store import EmbeddingStore, Snapshot
+from data.order import equal_batches
+from data.planned_order import ENDLESS, PlannedOrder, Segment
+from trainer.buffers import average_buffers
+from trainer.config import Config
+from trainer.objectives import Model
+from trainer.planning.background import Job
+from trainer.planning.maker import PlanMaker, Request, read_columns
+from trainer.planning.refresh import RefreshPass
+from trainer.planning.rows import Projection, Side, gather_by_id
+from trainer.planning.schedule import Schedule, Switch
+from trainer.planning.stored import restore_store, store_files
+from trainer.ranks import Ranks
+from trainer.step import StepOutput
+
+_POLL_S = 10.0  # that the other ranks wait for one word of the first
+_VISIBLE_S = 60.0  # after which a folder that rank 0 wrote must be seen by every node
+_COPY_BYTES = 1 << 31  # a snapshot above it is a file
+_AGES = 1 << 16  # rows whose ages are looked at
+
+logger = logging.getLogger("nsphere.planning")
+
+
+class Planning:
+    """The plans of one run; every rank holds one and calls it together with the others."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        samples: SampleSet,
+        planned: PlannedOrder,
+        model: Model,
+        ranks: Ranks,
+        *,
+        total_steps: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Raises ConfigError for durations and sides that cannot be."""
+        self._config, self._ranks, self._model = config, ranks, model
+        self._negatives: NegativesConfig = config.negatives
+        self._samples, self._planned = samples, planned
+        self._batch_size = config.train.global_batch_size
+        self._batch_of = equal_batches(self._batch_size)
+        self._total = total_steps * self._batch_size
+        self._folder, self._store_folder = run / "plans", run / "store"
+        self._schedule = Schedule.build(
+            config.negatives,
+            batch_size=self._batch_size,
+            num_samples=samples.num_samples,
+            total_steps=total_steps,
+        )
+        self._lookahead = config.data.workers * config.data.prefetch + 1
+        self._side = Side(config)
+        dim, seed = config.negatives.dim, config.train.seed
+        self._projection = Projection(model.embed_dim, dim, seed=seed, device=ranks.device)
+        self._refresh = RefreshPass(
+            config, samples, model, ranks,
+            side=self._side, projection=self._projection, autocast=autocast,
+        )  # fmt: skip
+        self._store: EmbeddingStore | None = None  # with rank 0
+        self._maker: PlanMaker | None = None
+        self._job: Job[PlanHeader] | None = None
+        self._under_way: Switch | None = None
+        self._numbers: dict[str, float] = {}
+        self._wait_s = 0.0
+        self._drifts: list[float] = []
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """For the checkpoint."""
+        return self._planned.segments
+
+    def load(
+        self, checkpoint: Path | None, segments: Sequence[Sequence[Any]], position: int
+    ) -> None:
+        """Take over what a checkpoint has; None: begin.
+
+        Raises DataError and ConfigError for plans and a store that are damaged or of other data.
+        """
+        first = self._schedule.first if self._schedule.switches else ENDLESS
+        start = [Segment(0, first)] if first else []
+        table = [Segment(*segment) for segment in segments] if checkpoint is not None else start
+        self._planned.start(self._folder, table, position=position)
+        if not self._ranks.is_first or not self._schedule.switches:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._store = EmbeddingStore.create(
+            self._store_folder,
+            self._samples.num_samples,
+            self._projection.dim,
+            fingerprint=self._samples.fingerprint,
+        )
+        if checkpoint is not None:
+            restore_store(self._store, checkpoint)
+        self._maker = PlanMaker(
+            self._folder,
+            self._config.train.seed,
+            self._batch_size,
+            read_columns(self._samples, self._negatives),
+            self._samples.fingerprint,
+        )
+
+    def begin(self, module: nn.Module, step: int) -> None:
+        """Before the first batch of this life: `step` steps are done."""
+        self._advance(module, step)
+
+    def after_step(self, module: nn.Module, step: int, batch: Batch, output: StepOutput) -> None:
+        """`step` steps are done, the last of this batch; a step that was skipped writes nothing."""
+        if not self._schedule.switches:
+            return
+        if output.result.applied:
+            rows = self._side.rows(output.outputs)
+            if len(rows) != len(batch.ids):
+                raise DataError(
+                    f"negatives.side = {self._negatives.side!r}: {len(rows)} embeddings for "
+                    f"{len(batch.ids)} samples: plan by another side"
+                )
+            size, world_size = self._batch_size, self._ranks.world_size
+            counts = [len(range(rank, size, world_size)) for rank in range(world_size)]
+            found = gather_by_id(self._projection(rows), batch.ids, counts, self._ranks)
+            if found is not None and self._store is not None:
+                self._drifts.append(self._store.drift(*found))
+                self._store.write(*found, step)
+        self._advance(module, step)
+
+    def before_save(self, step: int) -> None:
+        """Wait for the plan under way, so that the checkpoint knows it."""
+        self._settle(step, wait=True)
+
+    def files(self) -> dict[str, Any]:
+        """This rank's files of a checkpoint."""
+        if self._store is None:
+            return {}
+        return store_files(self._store, later=self._config.checkpoint.background)
+
+    def numbers(self, step: int) -> dict[str, float]:
+        """For people, on rank 0; means and sums since the last call."""
+        if self._store is None:
+            return {}
+        position = min(step * self._batch_size, self._planned.end) - 1
+        segment = self._planned.between(max(0, position), max(0, position) + 1)[0]
+        seen = self._store.steps[:: -(-self._store.num_rows // _AGES)]
+        ages = step - seen[seen >= 0].astype(np.int64)
+        drifts = [drift for drift in self._drifts if drift == drift]
+        numbers = {
+            "plan_version": segment.version,
+            "plan_wait_s": self._wait_s,
+            "store_fill": self._store.fill,
+            "store_drift": float(np.mean(drifts)) if drifts else 0.0,
+            **self._numbers,
+        }
+        if len(ages):
+            numbers |= {f"store_age_p{p}": float(np.percentile(ages, p)) for p in (50, 90)}
+        if segment.plan:
+            numbers["plan_age"] = step - segment.asked_step
+            numbers["plan_lag"] = segment.start // self._batch_size - segment.asked_step
+        self._wait_s, self._drifts, self._numbers = 0.0, [], {}
+        return numbers
+
+    def _advance(self, module: nn.Module, step: int) -> None:
+        self._settle(step)
+        while self._ask(module, step):
+            self._settle(step)
+
+    def _settle(self, step: int, *, wait: bool = False) -> None:
+        """Decide what the next batches need, or what is ready."""
+        needed = min((step + 1) * self._batch_size, self._total)
+        if self._under_way is not None:
+            must = wait or (self._negatives.strict and self._planned.end < needed)
+            if self._is_ready(must=must):
+                self._adopt(self._under_way)
+        if not self._negatives.strict:
+            wanted = min((step + 1 + self._lookahead) * self._batch_size, self._total)
+            while self._planned.end < wanted and self._under_way is not None:
+                self._go_on(wanted)
+
+    def _ask(self, module: nn.Module, step: int) -> bool:
+        """Begin the next plan if it is due; every rank comes to the same answer."""
+        switch = self._next_switch()
+        if self._under_way is not None or switch is None or step < switch.asked_step:
+            return False
+        start = max(switch.start, self._planned.end)  # later than meant only if not strict
+        switch = switch._replace(start=start)
+        request = self._request(switch) if self._ranks.is_first else None
+        if switch.fresh and (self._negatives.refresh_pass or self._is_cold(switch)):
+            self._embed_all(module, step, request)
+        self._under_way = switch
+        if request is not None and self._maker is not None:
+            snapshot = self._snapshot() if switch.fresh else None
+            maker = self._maker
+            self._job = Job(lambda: maker.make(request, snapshot))
+        return True
+
+    def _is_cold(self, switch: Switch) -> bool:
+        """The run's very first batch is to be planned, and nothing has been embedded."""
+        return switch.start == 0 and self._negatives.planner != "coordinates"
+
+    def _next_switch(self) -> Switch | None:
+        last = max((segment.version for segment in self._planned.segments), default=-1)
+        for switch in self._schedule.switches[last + 1 :]:
+            if switch.stop > self._planned.end:
+                return switch
+        return None
+
+    def _request(self, switch: Switch) -> Request:
+        planned, start = self._planned, switch.start
+        base = None if switch.fresh else self._last_plan()
+        if base is not None:
+            knobs = NegativesConfig.model_validate(base.header.knobs)
+        else:
+            size = grown_cluster_size(self._negatives, switch.epoch)
+            knobs = self._negatives.model_copy(update={"cluster_size": size})
+        return Request(
+            name=switch.name,
+            version=switch.version,
+            asked_step=switch.asked_step,
+            ids=planned.rest(start, self._batch_of),
+            head=planned.head(start, self._batch_of),
+            knobs=knobs,
+            base=base,
+        )
+
+    def _last_segment(self) -> Segment | None:
+        planned = (segment for segment in reversed(self._planned.segments) if segment.plan)
+        return next(planned, None)
+
+    def _last_plan(self) -> BatchPlan | None:
+        segment = self._last_segment()
+        if segment is None:
+            return None
+        return BatchPlan.load(self._folder / segment.plan, self._samples.fingerprint)
+
+    def _embed_all(self, module: nn.Module, step: int, request: Request | None) -> None:
+        """The refresh pass, unless an earlier life of the run has made the plan from it already."""
+        average_buffers(self._model, self._ranks)
+        is_there = self._maker is not None and request is not None and self._maker.find(request)
+        if self._tell(bool(is_there)):
+            return
+        store = self._store
+        started = time.monotonic()
+        self._refresh(module, lambda ids, rows: store.write(ids, rows, step) if store else None)
+        self._numbers["refresh_s"] = time.monotonic() - started
+
+    def _snapshot(self) -> Snapshot | None:
+        if self._store is None:
+            return None
+        if self._store.num_rows * self._store.dim * 2 > _COPY_BYTES:
+            return self._store.snapshot(self._store_folder / "snapshot")
+        rows, steps = self._store.part(0, self._store.num_rows)
+        return Snapshot.of(rows, steps, self._store.fingerprint)
+
+    def _is_ready(self, *, must: bool) -> bool:
+        """Whether rank 0 has the plan under way; `must` waits until it has."""
+        started = time.monotonic()
+        while True:
+            done = self._job is not None and self._job.is_done(_POLL_S if must else 0.0)
+            flag = torch.tensor([done], dtype=torch.int64, device=self._ranks.device)
+            if self._ranks.world_size > 1:
+                dist.broadcast(flag, src=0, group=self._ranks.group)
+            if flag.item():
+                break
+            if not must:
+                return False
+        self._wait_s += time.monotonic() - started
+        return True
+
+    def _adopt(self, switch: Switch) -> None:
+        """The plan that is ready begins where the order ends."""
+        start = self._planned.end
+        segment = Segment(
+            start, self._stop_after(start), switch.name,
+            asked_step=switch.asked_step, version=switch.version,
+        )  # fmt: skip
+        if not switch.fresh and (before := self._last_segment()) is not None:
+            segment = segment._replace(asked_step=before.asked_step)
+        self._append(segment, lambda: self._collect(switch, start))
+        self._under_way, self._job = None, None
+
+    def _collect(self, switch: Switch, start: int) -> tuple[str, str]:
+        """(name, SHA-256) of the plan under way, of what is left of it if it comes late."""
+        if self._job is None or self._maker is None:
+            raise RuntimeError("no plan is under way on the first rank")
+        header = self._job.result()
+        self._numbers["plan_make_s"] = self._job.seconds
+        if start == switch.start:
+            return switch.name, header.sha256
+        return self._again(switch.name, switch, start)
+
+    def _go_on(self, wanted: int) -> None:
+        """The plan under way is late: a few more batches from the old one.
+
+        Where an epoch ends its clusters are shuffled; without any plan yet, in the plain order.
+        """
+        planned = self._planned
+        last, start = planned.segments[-1], planned.end
+        epoch_end = (start // planned.num_samples + 1) * planned.num_samples
+        stop = min(epoch_end, wanted)
+        if start % planned.num_samples or not last.plan:
+            offset = last.offset + start - last.start if last.plan else 0
+            segment = last._replace(start=start, stop=stop, offset=offset)
+            planned.append(segment, check=False)
+            return
+        segment = last._replace(start=start, stop=stop, offset=0)
+        old = Switch(last.version, start, stop, 0, last.asked_step, fresh=False)
+        self._append(segment, lambda: self._again(last.plan, old, start))
+
+    def _again(self, name: str, switch: Switch, start: int) -> tuple[str, str]:
+        """A stored plan's clusters, for what the epoch has left from `start` on."""
+        if self._maker is None:
+            raise RuntimeError("plans are made on the first rank")
+        base = BatchPlan.load(self._folder / name, self._samples.fingerprint)
+        again = f"{switch.name}-from-{start}"
+        request = Request(
+            name=again,
+            version=switch.version,
+            asked_step=base.header.asked_step,
+            ids=self._planned.rest(start, self._batch_of),
+            head=self._planned.head(start, self._batch_of),
+            knobs=NegativesConfig.model_validate(base.header.knobs),
+            base=base,
+            salt=start,
+        )
+        return again, self._maker.make(request, None).sha256
+
+    def _append(self, segment: Segment, find: Callable[[], tuple[str, str]]) -> None:
+        """Let all ranks go on with a plan that rank 0 finds; what it raises all raise."""
+        told = ("", "", "")
+        if self._ranks.is_first:
+            try:
+                told = (*find(), "")
+            except (DataError, OSError) as error:
+                told = ("", "", str(error))
+        name, sha256, problem = self._tell(told)
+        if problem:
+            raise DataError(problem)
+        _wait_for(self._folder / name)
+        self._planned.append(segment._replace(plan=name, sha256=sha256))
+        logger.info("positions %d to %d: %s", segment.start, segment.stop, name)
+
+    def _stop_after(self, position: int) -> int:
+        """Where the next plan is meant to begin."""
+        return next(switch.stop for switch in self._schedule.switches if switch.stop > position)
+
+    def _tell(self, word: Any) -> Any:
+        """What the first rank says; collective."""
+        if self._ranks.world_size == 1:
+            return word
+        words = [word]
+        dist.broadcast_object_list(words, src=0, group=self._ranks.group)
+        return words[0]
+
+
+def _wait_for(folder: Path) -> None:
+    """A file system may show another node's folder late."""
+    deadline = time.monotonic() + _VISIBLE_S
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)
