@@ -71,6 +71,31 @@ def visit_parts(
         yield part
 
 
+def visit_blocks(
+    rows: tuple[Tensor, ...],  # each (n, ...), equal n: this rank's part, perhaps none
+    group: ProcessGroup | None,
+    most: int,
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Every rank's part in blocks of at most `most` rows, each with its owner's rank.
+
+    In rank order; memory holds a block beside the own part. Collective, to the iterator's end.
+    """
+    me = own_rank(group)
+    for owner, count in enumerate(gather_counts(len(rows[0]), group, rows[0].device)):
+        for start in range(0, count, most):
+            here = slice(start, min(start + most, count))
+            block = tuple(
+                row[here].contiguous()
+                if owner == me
+                else row.new_empty(here.stop - start, *row.shape[1:])
+                for row in rows
+            )
+            if group is not None:
+                for row in block:
+                    dist.broadcast(row, group=group, group_src=owner)
+            yield owner, block
+
+
 def sort_keys(
     cosines: Tensor,  # (n, m)
     ids: Tensor,  # (m,) int64 in [0, 2^32)
