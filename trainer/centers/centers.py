@@ -5,7 +5,8 @@ Each rank holds the rows of its own classes; every rank's embeddings visit them.
 gradient is the global loss's and complete on its owner: it is never averaged over ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ from trainer.similarity.closed_form import attach_gradients, plain_arithmetic
 
 _INIT = 17  # what the key is for
 _INIT_ROWS = 4096  # rows drawn together
+
+
+class TakingPart(NamedTuple):
+    """Centers of this rank in a loss."""
+
+    classes: Tensor
+    """(m,) int64."""
+    read: Callable[[Tensor], Tensor]
+    """(k,) places among the m -> (k, subcenters, d) unit rows."""
+    targets: Tensor | None
+    """(n,) cosines of this rank's samples with their own centers, with the margin; None: the loss
+    (SFace) weighs cosines instead."""
 
 
 class ClassCenters:
@@ -153,6 +166,24 @@ class ClassCenters:
     def discard(self) -> None:
         """Forget the loss just back-propagated: a skipped step changes nothing."""
         self._pending = None
+
+    def taking_part(self) -> TakingPart:
+        """What the loss just computed held the embeddings against, until `step` or `discard`."""
+        if self._pending is None:
+            raise RuntimeError("taking_part(): no loss with a gradient since the last step()")
+        rows, each = self._pending.rows, self.subcenters
+        table = rows.table_rows(slice(0, rows.shape[0]))
+        if isinstance(table, slice):
+            table = torch.arange(table.start, table.stop, device=self.device)
+
+        def read(places: Tensor) -> Tensor:
+            turns = torch.arange(each, device=places.device)
+            units = rows.read_at((places.unsqueeze(1) * each + turns).flatten())
+            return units.view(len(places), each, self.dim)
+
+        classes = table[::each] // each + self.part.start
+        targets = self._pending.margined / self.margin.scale if self.margin.normalised else None
+        return TakingPart(classes, read, targets)
 
     def numbers(self) -> dict[str, float]:
         """For people: the mean cosine of the last global batch with its own centers."""

@@ -62,6 +62,7 @@ class Measured:
     target_weights: Tensor  # (N,) dloss_i/dcosine of the own class
     share: float  # of a sample in the global loss: 1 / N
     target_cosine: Tensor  # () mean over the global batch
+    margined: Tensor  # (n,) this rank's target logits, with the margin
     upstream: Tensor | None = None
 
     def receive(self, upstream: Tensor) -> None:
@@ -153,6 +154,7 @@ def measure(
         target_weights=target_weights,
         share=1 / batch.size,
         target_cosine=cosines.mean(),
+        margined=margined.logits[batch.own],
     )
 
 

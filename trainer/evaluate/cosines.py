@@ -30,12 +30,15 @@ def cosine_histograms(
         same = ids[: len(images), None] == visitor_ids
         hardest = torch.maximum(hardest, cosines.masked_fill(same, -torch.inf).amax(dim=1))
     positive = (images * texts[: len(images)].float()).sum(dim=1)
-    counts = torch.stack([_count(positive), _count(hardest)])
+    counts = torch.stack([count_cosines(positive), count_cosines(hardest)])
     both = sum_over_ranks(counts, group).tolist()
     return {"positive": both[0], "hardest_negative": both[1]}
 
 
-def _count(cosines: Tensor) -> Tensor:  # (NUM_BINS,) int64
-    """Rounding may put a cosine just outside [-1, 1]; what is not finite is not counted."""
+def count_cosines(cosines: Tensor) -> Tensor:  # (NUM_BINS,) int64
+    """Histogram over [-1, 1].
+
+    Rounding may put a cosine just outside [-1, 1]; what is not finite is not counted.
+    """
     bins = (cosines[cosines.isfinite()].clamp(-1, 1) + 1) * (NUM_BINS / 2)
     return bins.long().clamp(max=NUM_BINS - 1).bincount(minlength=NUM_BINS)

@@ -18,6 +18,7 @@ from trainer.centers.start import (
 )
 from trainer.config import Config
 from trainer.engine import Engine
+from trainer.hardness import ClustersOf, Hardness, build_hardness
 from trainer.models import TwoTower
 from trainer.models import build_model as build_towers
 from trainer.models.faces import FaceModel, build_face_model
@@ -54,16 +55,23 @@ def build_objective(
     ranks: Ranks,
     *,
     checkpoint: Path | None,  # from which `load` will take the state
+    clusters_of: ClustersOf | None = None,  # positions -> clusters of planned batches
 ) -> Objective:
     """What `[loss]` says; raises ConfigError or DataError where the data does not fit it."""
+    hardness = build_hardness(config, samples.epoch_samples, ranks.group, clusters_of)
     if isinstance(model, TwoTower):
         wire = WIRE.get(config.train.precision)
-        return PairObjective(config.loss, model, engine, ranks, wire)
-    return _center_objective(config, model, samples, ranks, checkpoint)
+        return PairObjective(config.loss, model, engine, ranks, wire, hardness)
+    return _center_objective(config, model, samples, ranks, checkpoint, hardness)
 
 
 def _center_objective(
-    config: Config, model: FaceModel, samples: SampleSet, ranks: Ranks, checkpoint: Path | None
+    config: Config,
+    model: FaceModel,
+    samples: SampleSet,
+    ranks: Ranks,
+    checkpoint: Path | None,
+    hardness: Hardness,
 ) -> CenterObjective:
     turns = config.centers.classes_per_label
     num_labels = turns * check_labels(samples, config.centers.num_classes)
@@ -92,4 +100,4 @@ def _center_objective(
     )
     if source is not None and rows.sources is not None:
         start_from(centers, source, rows.sources)
-    return CenterObjective(centers, rows, ranks, turns=turns)
+    return CenterObjective(centers, rows, ranks, hardness=hardness, turns=turns)

@@ -14,6 +14,7 @@ from trainer.centers import ClassCenters
 from trainer.centers.files import load_state, state_files
 from trainer.centers.start import Rows
 from trainer.collectives import sum_over_ranks
+from trainer.hardness import Hardness, Keyed
 from trainer.objectives.objective import Outputs
 from trainer.ranks import Ranks
 
@@ -29,9 +30,10 @@ class CenterObjective:
         rows: Rows,
         ranks: Ranks,
         *,
+        hardness: Hardness,
         turns: int = 1,  # 4: an image turned by so many quarters is of another class
     ) -> None:
-        self._turns = turns
+        self._turns, self._hardness = turns, hardness
         self.centers, self._ranks = centers, ranks
         self._names = rows.names if ranks.is_first else None
         self._row_of_label = None if rows.of_labels is None else torch.from_numpy(rows.of_labels)
@@ -46,6 +48,9 @@ class CenterObjective:
             images[here] = batch.images[here].rot90(turned, dims=(2, 3))
         return (images,)
 
+    def most_rows(self, num_samples: int) -> int:
+        return num_samples
+
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
         (rows,) = outputs
         labels = batch.labels
@@ -53,7 +58,14 @@ class CenterObjective:
             labels = self._row_of_label[labels.cpu()]
         if self._turns > 1:
             labels = labels * self._turns + self._quarters(batch)
-        return self.centers(rows, labels, batch.ids, step)
+        loss = self.centers(rows, labels, batch.ids, step)
+        if self._hardness.is_due(step):
+            held = self.centers.taking_part()
+            columns, scale = Keyed(held.classes, held.read), self.centers.margin.scale
+            self._hardness.measure_centers(
+                batch, step, rows, labels, scale, columns, bars=held.targets
+            )
+        return loss
 
     def _quarters(self, batch: Batch) -> Tensor:  # (n,)
         """How far each image is turned: a function of the seed and its place in the run."""
@@ -81,11 +93,12 @@ class CenterObjective:
             "centers_grad_norm": math.sqrt(squared),
             "embedding_norm": norm / count,
             **self.centers.numbers(),
+            **self._hardness.numbers(),
         }
 
     def histograms(self, outputs: Outputs, batch: Batch) -> dict[str, list[int]] | None:  # noqa: ARG002
-        """None: a sample's hardest center is not kept."""
-        return None
+        """Of the sampled rows."""
+        return self._hardness.histograms()
 
     def files(self) -> dict[str, Any]:
         return state_files(self.centers, self._names)

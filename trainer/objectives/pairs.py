@@ -10,6 +10,7 @@ from data.loader import Batch
 from trainer.config import LossConfig
 from trainer.engine import Engine
 from trainer.evaluate.cosines import cosine_histograms
+from trainer.hardness import Hardness
 from trainer.losses import clip_loss, siglip_loss
 from trainer.models import TwoTower
 from trainer.objectives.objective import Outputs
@@ -26,16 +27,23 @@ class PairObjective:
         engine: Engine,
         ranks: Ranks,
         wire: torch.dtype | None,  # in which texts and their gradients travel; None: float32
+        hardness: Hardness,
     ) -> None:
         self._config, self._model, self._engine = config, model, engine
-        self._ranks, self._wire = ranks, wire
+        self._ranks, self._wire, self._hardness = ranks, wire, hardness
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch.images, batch.texts
 
-    def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:  # noqa: ARG002
+    def most_rows(self, num_samples: int) -> int:
+        return num_samples
+
+    def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
         images, texts, scale, *bias = outputs
         ids, caption_ids = self._identities(batch)
+        if self._hardness.is_due(step):
+            identities = {"ids": ids, "caption_ids": caption_ids}
+            self._hardness.measure_pairs(batch, step, images, texts, float(scale), identities)
         if self._config.name == "siglip":
             return siglip_loss(
                 images,
@@ -67,7 +75,8 @@ class PairObjective:
 
     def numbers(self, outputs: Outputs) -> dict[str, float]:
         _, _, scale, *bias = outputs
-        return {"scale": float(scale)} | ({"bias": float(bias[0])} if bias else {})
+        biases = {"bias": float(bias[0])} if bias else {}
+        return {"scale": float(scale), **biases, **self._hardness.numbers()}
 
     def histograms(self, outputs: Outputs, batch: Batch) -> dict[str, list[int]] | None:
         images, texts, *_ = outputs
