@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from data.decode import BadSample
 from data.errors import DataError
+from data.text_words import WordTokenizer
 
+WORDS = "words"
+"""Name of the tokenizer of `data/text_words.py`."""
 _MAX_WORDS = 1 << 20
 _BY_TEXT = {"clean", "reduction_mask", "bpe_path", "additional_special_tokens"}
 
@@ -81,7 +84,8 @@ class TokenizerSpec:
     """
 
     name: str = ""
-    """Hugging Face name or a local folder; empty: open_clip's own byte-pair encoding."""
+    """Hugging Face name or a local folder; empty: open_clip's own byte-pair encoding; `words`:
+    hashed words, with the options buckets, ngrams and skip."""
     context_length: int = 77
     """Tokens of a row: longer captions are cut, shorter ones padded."""
     mode: str = ""
@@ -90,8 +94,14 @@ class TokenizerSpec:
     """Keyword arguments of the tokenizer's constructor."""
 
 
-class Tokenizer:
-    """Texts -> (n, T) int64 tokens, by open_clip's tokenizers. Build it once in each worker."""
+class Tokenizer(Protocol):
+    """Texts -> (n, T) int64 tokens, cut or padded to the context length T."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class OpenClipTokenizer:
+    """open_clip's tokenizers, and through them Hugging Face's. Build it once in each worker."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
@@ -133,7 +143,9 @@ class Tokenizer:
 
 def build_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer of a spec; DataError when its files or its package are not on this machine."""
-    return Tokenizer(spec)
+    if spec.name == WORDS:
+        return WordTokenizer.from_options(spec.context_length, dict(spec.options))
+    return OpenClipTokenizer(spec)
 
 
 def _open_clip_tokenizer(spec: TokenizerSpec) -> Any:
