@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from math import ceil
 from multiprocessing.util import Finalize
 from typing import Any
@@ -66,7 +67,6 @@ class TrainLoader:
         self._samples = samples
         self._pool = _Pool(rows.load, config, pin=device_type == "cuda")
         self._read_ahead = config.read_ahead
-        self._cut_until = 0
         self._ledger = _Ledger(config.max_bad_fraction)
 
     def batches(self, first_step: int, num_steps: int) -> Iterator[Batch]:
@@ -79,9 +79,8 @@ class TrainLoader:
         step, last = first_step, first_step + num_steps
         while step < last:
             pieces = self._pool.run(self._pieces(step, last))
-            self._cut_until = step + 1
-            while step < self._cut_until:
-                batch = join_batches([next(pieces) for _ in self._cut(step)])
+            while found := list(islice(pieces, len(self._cut(step)))):  # none: not decided then
+                batch = join_batches(found)
                 self._ledger.add(batch)
                 yield batch
                 step += 1
@@ -94,13 +93,11 @@ class TrainLoader:
         """The work of steps [first, last), up to the first that is not decided when it is asked."""
         planned, size = self._samples.planned, self.global_batch_size
         if planned is None:
-            self._cut_until = last
             yield from (Piece(cut) for step in range(first, last) for cut in self._cut(step))
             return
         for step in range(first, last):
             if step > first and planned.end < (step + 1) * size:
                 return
-            self._cut_until = step + 1
             segments = planned.between(step * size, (step + 1) * size)
             ahead = self._ahead(planned, step, first)
             for cut in self._cut(step):
