@@ -1,14 +1,32 @@
 """What a plan may know of the samples beside their embeddings, one value a sample."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data.config import NegativesConfig
 from data.errors import DataError
+from data.index import Index
 
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.float32]
+
+_LATITUDE, _LONGITUDE = ("latitude", "lat"), ("longitude", "lon", "lng")
+
+
+class Indexed(Protocol):
+    """What a `SampleSet` offers."""
+
+    fingerprint: str
+
+    @property
+    def indexes(self) -> tuple[Index, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -26,13 +44,13 @@ class SampleColumns:
     shards: Int64s | None = None
     """Shard of each sample, over all sources."""
     coordinates: Floats | None = None
-    """(N, c) a point in space, NaN where unknown; near ones are hard."""
+    """(N, c) unit rows, near where the samples' places are near; NaN where unknown."""
     margins: Floats | None = None
     """Positive less hardest negative, of a teacher."""
     images_per_identity: int = 4
     """K of the planner "identities"."""
 
-    def need(self, name: str, what_for: str) -> NDArray[np.int64]:
+    def need(self, name: str, what_for: str) -> Int64s:
         """A column of integers; DataError where it is missing."""
         column: Int64s | None = getattr(self, name)
         if column is None:
@@ -41,3 +59,105 @@ class SampleColumns:
 
 
 NO_COLUMNS = SampleColumns()
+
+
+def load_columns(
+    samples: Indexed, knobs: NegativesConfig, *, images_per_identity: int = 4
+) -> SampleColumns:
+    """The columns that plans with these knobs ask for, from the index: 8 bytes a sample each.
+
+    Raises DataError where no sample has what is asked for.
+    """
+    by_label = "label" in knobs.unique or knobs.planner == "identities"
+    labels = _column(samples, "label") if by_label else None
+    if labels is not None and (labels < 0).all():
+        raise DataError(
+            "no sample has an integer label, and plans are to go by labels: set data.label_key to "
+            'the ending of the label member, or leave "label" out of negatives.unique'
+        )
+    captions = _column(samples, "caption") if "caption" in knobs.unique else None
+    if captions is not None and not captions.any():
+        raise DataError(
+            "no sample has a caption, and no two of a batch are to share one: set "
+            'data.caption_key, or leave "caption" out of negatives.unique'
+        )
+    counts = np.concatenate([index.counts for index in samples.indexes])
+    return SampleColumns(
+        fingerprint=samples.fingerprint,
+        num_samples=int(counts.sum()),
+        labels=labels,
+        captions=captions,
+        shards=np.repeat(np.arange(len(counts)), counts) if knobs.locality else None,
+        coordinates=load_coordinates(Path(knobs.coordinates), samples)
+        if knobs.planner == "coordinates"
+        else None,
+        images_per_identity=images_per_identity,
+    )
+
+
+def load_coordinates(path: Path, samples: Indexed) -> Floats:  # (N, c)
+    """Places of the samples from a Parquet table with `key` and numeric columns, as unit rows.
+
+    Columns called latitude and longitude are degrees on the globe; any others are taken as they
+    stand, scaled to their largest spread. A sample that the table does not name is NaN. Raises
+    DataError for a table without these columns or without any of the samples.
+    """
+    try:
+        table = pq.read_table(path)
+        keys = table["key"].combine_chunks().cast(pa.string())
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"negatives.coordinates = {str(path)!r}: no Parquet table with a column key: {error}"
+        ) from None
+    numbers = [name for name in table.column_names if _is_number(table.schema.field(name).type)]
+    if not numbers:
+        raise DataError(f"{path}: no numeric column beside key; its columns are "
+                        f"{', '.join(table.column_names)}")  # fmt: skip
+    values = np.stack([table[name].to_numpy().astype(np.float64) for name in numbers], axis=1)
+    wanted = pa.concat_arrays([part for index in samples.indexes for part in index.iter_keys()])
+    rows = pc.fill_null(pc.index_in(wanted, value_set=keys), -1).to_numpy()
+    if (rows < 0).all():
+        raise DataError(
+            f"{path}: none of its keys ({keys[0].as_py() if len(keys) else 'it is empty'}, ...) is "
+            f"a sample's ({wanted[0].as_py()}, ...): the column key must hold the samples' keys"
+        )
+    points = _on_globe(values, numbers) if _is_globe(numbers) else _lifted(values)
+    return np.where(rows[:, None] >= 0, points[rows], np.nan).astype(np.float32)
+
+
+def _column(samples: Indexed, name: str) -> Int64s:
+    return np.concatenate([index.column(name) for index in samples.indexes])
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_globe(names: list[str]) -> bool:
+    lower = {name.lower() for name in names}
+    return bool(lower & set(_LATITUDE)) and bool(lower & set(_LONGITUDE))
+
+
+def _on_globe(values: NDArray[np.float64], names: list[str]) -> NDArray[np.float64]:
+    lower = [name.lower() for name in names]
+    at = [
+        next(i for i, name in enumerate(lower) if name in both) for both in (_LATITUDE, _LONGITUDE)
+    ]
+    latitude, longitude = np.radians(values[:, at]).T
+    return np.stack(
+        [
+            np.cos(latitude) * np.cos(longitude),
+            np.cos(latitude) * np.sin(longitude),
+            np.sin(latitude),
+        ],
+        axis=1,
+    )
+
+
+def _lifted(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points of a space as unit rows: lifted above a plane they fill a small part of, where the
+    nearest point is the one of the highest cosine."""
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    flat = (values - (low + high) / 2) / max(float((high - low).max()), 1e-30)
+    points = np.concatenate([flat, np.full((len(flat), 1), 2.0)], axis=1)
+    return points / np.linalg.norm(points, axis=1, keepdims=True)

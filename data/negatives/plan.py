@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.negatives.columns import NO_COLUMNS, SampleColumns
 from data.negatives.constraints import Rules, keep_apart
 from data.negatives.files import load_arrays, read_header, save_arrays
-from data.negatives.layout import SHUFFLE_ROWS, BatchShape, Layout, keyed_words, shuffled
+from data.negatives.layout import SHUFFLE_ROWS, BatchShape, Layout, join, keyed_words, shuffled
 from data.negatives.packers import Affinity, cluster_rows
 from data.negatives.store import Snapshot, check_fingerprint
 from data.negatives.tree import ONE_THREAD, Work
@@ -66,9 +66,9 @@ class PlanHeader:
     """SHA-256 of the snapshot; empty: none."""
     num_samples: int
     num_random: int
-    """Samples laid at random: by `random_share`, unseen, or by the planner."""
+    """Samples without a mate beside them: drawn by `random_share`, unseen, or left over."""
     num_unseen: int
-    """Of these, samples without an embedding."""
+    """Samples without an embedding."""
     num_clusters: int
     """Runs of at least two samples between two bounds."""
     num_torn: int
@@ -177,27 +177,27 @@ def make_plan(
     snapshot of another data set, embeddings that are not finite, and a column that is missing.
     """
     members = _check_ids(ids, snapshot, columns, head)
-    affinity = Affinity(snapshot, columns, knobs, batch_size, derived_seed(seed, version), work)
+    affinity = Affinity(snapshot, columns, knobs, derived_seed(seed, version), work)
     groups = _locality_groups(members, columns, knobs.locality, affinity.seed)
-    layouts, random, unseen, start = [], 0, 0, -head.places
+    layouts, unseen, start = [], 0, -head.places
     for group in groups:
-        lead = -start % batch_size if start >= 0 else min(-start, len(group))
-        shape = BatchShape(len(group), batch_size, lead)
-        layout, drawn, missing = _plan_group(group, affinity, shape)
+        shape = BatchShape(len(group), batch_size, -start % batch_size)
+        layout, missing = _plan_group(group, affinity, shape)
         layouts.append(layout)
-        random, unseen, start = random + drawn, unseen + missing, start + len(group)
+        unseen, start = unseen + missing, start + len(group)
     shape = BatchShape(len(members), batch_size, min(head.places, len(members)))
-    layout = _join(layouts)
+    layout = join(layouts)
     rules = Rules.of(knobs.unique, columns, head.avoid)
     layout, broken = keep_apart(layout, shape, rules, affinity.seed)
+    runs = np.diff(layout.bounds)
     whole = (shape.num_rows - shape.lead) // batch_size * batch_size
     header = PlanHeader(
         format=PLAN_FORMAT, planner_version=PLANNER_VERSION, version=version, seed=seed,
         batch_size=batch_size, lead=shape.lead, asked_step=asked_step,
         knobs=knobs.model_dump(mode="json"), fingerprint=columns.fingerprint,
         snapshot=snapshot.sha256 if snapshot is not None else "",
-        num_samples=len(members), num_random=random, num_unseen=unseen,
-        num_clusters=int((np.diff(layout.bounds) > 1).sum()), num_torn=layout.torn,
+        num_samples=len(members), num_random=int((runs == 1).sum()), num_unseen=unseen,
+        num_clusters=int((runs > 1).sum()), num_torn=layout.torn,
         num_broken=broken, num_left_over=shape.num_rows - shape.lead - whole,
     )  # fmt: skip
     return BatchPlan(layout.order, layout.bounds, header)
@@ -213,19 +213,18 @@ def derived_seed(seed: int, version: int) -> int:
     return int(derive_key(seed, version).view(np.int64)[0])
 
 
-def _plan_group(ids: Int64s, affinity: Affinity, shape: BatchShape) -> tuple[Layout, int, int]:
-    """(layout, samples laid at random, samples without an embedding) of one locality group."""
+def _plan_group(ids: Int64s, affinity: Affinity, shape: BatchShape) -> tuple[Layout, int]:
+    """(layout, samples without an embedding) of one locality group."""
     seed, knobs = affinity.seed, affinity.knobs
-    has_rows = affinity.has_rows(ids)
-    unseen = int((~has_rows).sum()) if affinity.snapshot is not None else 0
+    has_rows = affinity.placeable(ids)
+    unseen = int((~affinity.snapshot.seen[ids]).sum()) if affinity.snapshot is not None else 0
     words = keyed_words(ids, seed, _RANDOM_SHARE)
     wanted = max(0, round(knobs.random_share * len(ids)) - int((~has_rows).sum()))
     rank = np.argsort(np.where(has_rows, words, np.uint64(2**64 - 1)), kind="stable")
     is_loose = ~has_rows
     is_loose[rank[:wanted]] = True
     loose = shuffled(ids[is_loose], seed, SHUFFLE_ROWS)
-    layout = cluster_rows(ids[~is_loose], loose, affinity, shape)
-    return layout, len(loose), unseen
+    return cluster_rows(ids[~is_loose], loose, affinity, shape), unseen
 
 
 def _check_ids(
@@ -237,8 +236,8 @@ def _check_ids(
     twice = members[1:][members[1:] == members[:-1]]
     if len(twice):
         raise DataError(f"sample {twice[0]} is to be planned twice: a plan holds each sample once")
-    if head.places < 0:
-        raise ValueError(f"{head.places} places before the first batch")
+    if not 0 <= head.places:
+        raise ValueError(f"{head.places} places before the first whole batch")
     total = columns.num_samples or (len(snapshot.rows) if snapshot is not None else None)
     if total is not None and not 0 <= members[0] <= members[-1] < total:
         raise DataError(
@@ -269,13 +268,3 @@ def _locality_groups(
     numbers = group[shard]
     order = np.argsort(numbers, kind="stable")
     return np.split(members[order], np.flatnonzero(np.diff(numbers[order])) + 1)
-
-
-def _join(layouts: list[Layout]) -> Layout:
-    starts = np.cumsum([0, *(len(layout.order) for layout in layouts)])
-    bounds = [layout.bounds[:-1] + start for layout, start in zip(layouts, starts, strict=False)]
-    return Layout(
-        np.concatenate([layout.order for layout in layouts]),
-        np.concatenate([*bounds, starts[-1:]]),
-        sum(layout.torn for layout in layouts),
-    )

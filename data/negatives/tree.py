@@ -86,7 +86,7 @@ def balanced_clusters(
     sizes = _Sizes(*divmod(len(members), num))
     bounds = np.asarray(sizes.start(np.arange(num + 1)), np.int64)
     with ThreadPoolExecutor(max(1, work.threads)) as pool:
-        check_finite(rows, members, pool)
+        _check_finite(rows, members, pool)
         cells = _split_large(rows, members, sizes, num, seed, pool)
         done = 0
 
@@ -114,8 +114,13 @@ def pieces(start: int, stop: int) -> Iterator[slice]:
         yield slice(first, min(first + CELL, stop))
 
 
-def check_finite(rows: Rows, ids: Int64s, pool: ThreadPoolExecutor) -> None:
+def check_finite(rows: Rows, ids: Int64s, work: Work) -> None:
     """DataError naming the first ids whose embeddings are not finite."""
+    with ThreadPoolExecutor(max(1, work.threads)) as pool:
+        _check_finite(rows, ids, pool)
+
+
+def _check_finite(rows: Rows, ids: Int64s, pool: ThreadPoolExecutor) -> None:
 
     def bad(piece: slice) -> Int64s:
         sums = read_rows(rows, ids[piece]).sum(axis=1)  # float16 is too small to overflow float32
