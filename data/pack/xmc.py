@@ -85,6 +85,8 @@ def pack_xmc(
     labelling = labelling or Labelling()
     if labelling.table and labelling.documents != "none":
         raise DataError("label documents belong to the training split, not beside --labels")
+    if not 0 < labelling.share <= 1:
+        raise DataError(f"--closure {labelling.share:g}: a share above 0, 1 at most")
     pattern = shard_pattern(out)
     folder = Path(os.path.dirname(pattern) or ".")
     table_path = folder / LABELS
