@@ -8,6 +8,7 @@ from trainer.losses.checks import check_scalar
 from trainer.losses.matched import match
 from trainer.similarity.closed_form import attach_gradients, needs_gradient, plain_arithmetic
 from trainer.similarity.pairs import Tile
+from trainer.similarity.statistics import softplus_sums
 
 
 def siglip_loss(
@@ -53,7 +54,7 @@ def siglip_loss(
         def measure(tile: Tile) -> Tensor:
             matched.exclusion.exclude(tile)
             logits = tile.values.add_(shift)
-            losses[tile.rows] += _softplus_sums(logits, tile.scratch)
+            losses[tile.rows] += softplus_sums(logits, 1, tile.scratch)
             probabilities = logits.sigmoid_()
             slopes[tile.rows] += probabilities.sum(1)
             return probabilities
@@ -69,15 +70,3 @@ def siglip_loss(
             return value
         for_bias = (slopes - 1).sum() * matched.share
     return attach_gradients(value, (*inputs, bias), (*gradients, for_bias))
-
-
-def _softplus_sums(
-    logits: Tensor,  # (m, k)
-    scratch: Tensor,  # (m, k) overwritten
-) -> Tensor:  # (m,)
-    """Row sums of log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|)), which cannot overflow.
-
-    torch's softplus is linear above 20, which a float64 check sees, and 8 times slower on a CPU.
-    """
-    positive = torch.clamp(logits, min=0, out=scratch).sum(1)
-    return torch.abs(logits, out=scratch).neg_().exp_().log1p_().sum(1).add_(positive)

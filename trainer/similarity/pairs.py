@@ -105,6 +105,11 @@ class Pairs:
         return sum(self._counts)
 
     @property
+    def tile(self) -> int:
+        """Side of a tile: the rows of a sweep come in blocks of so many, the last perhaps fewer."""
+        return self._tile
+
+    @property
     def world_size(self) -> int:
         """W, the number of ranks."""
         return len(self._counts)
@@ -147,21 +152,25 @@ class Pairs:
         """One value a visiting row, for this rank's share of a statistic."""
         return torch.full((self.num_columns,), fill, dtype=self.dtype, device=self.device)
 
+    def new_values(self, count: int) -> Tensor:  # (count,)
+        """Room for values of single pairs."""
+        return self._empty(count)
+
     def gather(self, values: Tensor) -> Tensor:  # (n, ...) -> (N, ...)
         """Facts about this rank's visitors, such as labels, from every rank."""
         return gather_rows(values, self._counts, self._group)
 
     def merge_columns(
         self,
-        share: Tensor,  # (N,) over this rank's rows
-        merge: Callable[[Tensor], Tensor],  # (W, n) -> (n,)
-    ) -> Tensor:  # (N,) over all rows
+        share: Tensor,  # (N, ...) over this rank's rows
+        merge: Callable[[Tensor], Tensor],  # (W, n, ...) -> (n, ...)
+    ) -> Tensor:  # (N, ...) over all rows
         """Complete a statistic of the columns over ranks; each owner merges, then all know."""
         if self.world_size == 1:
             return share
         return self.gather(merge(return_rows(share, self._counts, self._group)))
 
-    def own(self, columns: Tensor) -> Tensor:  # (N,) -> (n,)
+    def own(self, columns: Tensor) -> Tensor:  # (N, ...) -> (n, ...)
         """This rank's part of a complete statistic of the columns."""
         return columns[self._start : self._start + len(self._visitors)]
 
@@ -190,11 +199,40 @@ class Pairs:
                     row_sums[tile.rows].addmm_(weights, tile.column_block)
                 if visit.gradients is not None:
                     visit.gradients[here].addmm_(weights.T, tile.row_block)
+        self._end_sweeps()
+        return row_sums, way.gradients() if visitors else self._no_gradients()
+
+    def sparse_gradients(
+        self,
+        rows: Tensor,  # (p,) int64 positions among this rank's rows
+        columns: Tensor,  # (p,) int64 positions among all N visiting rows
+        weights: Tensor,  # (p,) dL/dvalue of these pairs; of all others it is 0
+        *,
+        visitors: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # (n, d), (n, d)
+        """As `gradients` where few pairs have a weight: O(p d), and no product of tiles.
+
+        The stationary rows are read whole.
+        """
+        table, row_sums = self._read(slice(0, self.num_rows)), self._empty(*self.rows.shape).zero_()
+        way = self._visiting
+        for visit in way.visits_with_gradients() if visitors else way.visits():
+            here = (columns >= visit.columns.start) & (columns < visit.columns.stop)
+            for some in here.nonzero().squeeze(1).split(self._tile):
+                at_row, at_column = rows[some], columns[some] - visit.columns.start
+                by = weights[some].unsqueeze(1)
+                row_sums.index_add_(0, at_row, visit.rows[at_column] * by)
+                if visit.gradients is not None:
+                    visit.gradients.index_add_(0, at_column, table[at_row] * by)
+        self._end_sweeps()
+        return row_sums, way.gradients() if visitors else self._no_gradients()
+
+    def _end_sweeps(self) -> None:
         self._kept.clear()
         self._room = self._empty(0)
-        if visitors:
-            return row_sums, way.gradients()
-        return row_sums, torch.zeros_like(self._visitors, dtype=self.dtype)
+
+    def _no_gradients(self) -> Tensor:  # (n, d)
+        return torch.zeros_like(self._visitors, dtype=self.dtype)
 
     def row_gradients(
         self,
