@@ -83,18 +83,10 @@ def pack_xmc(
     an input that does not fit its header, and when nothing is left.
     """
     labelling = labelling or Labelling()
-    if labelling.table and labelling.documents != "none":
-        raise DataError("label documents belong to the training split, not beside --labels")
-    if not 0 < labelling.share <= 1:
-        raise DataError(f"--closure {labelling.share:g}: a share above 0, 1 at most")
     pattern = shard_pattern(out)
     folder = Path(os.path.dirname(pattern) or ".")
     table_path = folder / LABELS
-    if table_path.exists() and not (labelling.table and _same(table_path, labelling.table)):
-        raise DataError(
-            f"{table_path} exists: shards of one folder share one label table; delete it, write "
-            f"to another folder, or take it over with --labels {table_path}"
-        )
+    _check_wishes(labelling, table_path)
     source = open_documents(documents, reading or Reading())
     naming = _Naming.open(source, labelling)
     pairs = read_filter(filter_list) if filter_list else []
@@ -117,6 +109,19 @@ def pack_xmc(
                 path.unlink(missing_ok=True)
         raise
     return intake.told(Packed(tuple(writer.shards), writer.num_samples), table_path)
+
+
+def _check_wishes(labelling: Labelling, place: Path) -> None:
+    """DataError for wishes that contradict each other, or the label table that is in its place."""
+    if labelling.table and labelling.documents != "none":
+        raise DataError("label documents belong to the training split, not beside --labels")
+    if not 0 < labelling.share <= 1:
+        raise DataError(f"--closure {labelling.share:g}: a share above 0, 1 at most")
+    if place.exists() and not (labelling.table and _same(place, labelling.table)):
+        raise DataError(
+            f"{place} exists: shards of one folder share one label table; delete it, write to "
+            f"another folder, or take it over with --labels {place}"
+        )
 
 
 class _Naming:
