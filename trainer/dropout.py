@@ -51,11 +51,15 @@ class _Keyed(nn.Module):
         self.probability, self.layer = probability, layer
         self.keys: Tensor | None = None
 
-    def _uniform(self, shape: Sequence[int]) -> Tensor:
-        if self.keys is None or len(self.keys) != shape[0]:
+    def keys_of(self, num_rows: int) -> Tensor:
+        """(num_rows,) what was set; ValueError where it is not of these rows."""
+        if self.keys is None or len(self.keys) != num_rows:
             have = "none" if self.keys is None else len(self.keys)
-            raise ValueError(f"{shape[0]} rows in training but row keys for {have}")
-        return keyed_uniform(self.keys, self.layer, shape)
+            raise ValueError(f"{num_rows} rows in training but row keys for {have}")
+        return self.keys
+
+    def _uniform(self, shape: Sequence[int]) -> Tensor:
+        return keyed_uniform(self.keys_of(shape[0]), self.layer, shape)
 
     def extra_repr(self) -> str:
         return f"{self.probability}, layer={self.layer}"
@@ -108,6 +112,29 @@ class KeyedPatchMask(_Keyed):
             return x, None
         kept = _draw_kept(self._uniform(x.shape[:2]), self.probability)
         return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2])), kept
+
+
+class KeyedTokenDropout(_Keyed):
+    """Leaves out a share of each text's tokens: (n, T) bool, which there are, to which stay.
+
+    Never anything but keyed, in a layer number of its own; a text that would lose all keeps all.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__(probability, layer=-2)
+
+    def forward(self, present: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return present
+        kept = present & (self._uniform(present.shape) >= self.probability)
+        return torch.where(kept.any(1, keepdim=True), kept, present)
+
+
+class RowKeys(_Keyed):
+    """Draws nothing: a model finds its rows' keys here, to hand on to some of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, layer=0)
 
 
 def _draw_kept(uniform: Tensor, probability: float) -> Tensor:  # (n, T) -> (n, k)

@@ -13,16 +13,17 @@ from timm.optim.muon import Muon
 from torch import nn
 
 from trainer.config import ConfigError, OptimConfig
-from trainer.models.faces import FaceModel
+from trainer.models import FaceModel, TextModel, TwoTower
 from trainer.models.layers import Layer, parameter_layers
-from trainer.models.towers import TwoTower
 from trainer.momentum_sgd import MomentumSGD
+
+Model = TwoTower | FaceModel | TextModel
 
 OPEN_CLIP_NOT_DECAYED = ("bn", "ln", "bias", "logit_scale")  # its train.py, anywhere in a name
 KERNEL_LEAVES = ("in_proj_weight", "proj", "text_projection")  # matrices outside a layer module
 
 
-def parameter_groups(model: TwoTower | FaceModel, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: Model, config: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters, grouped by weight decay and learning rate.
 
     A group holds `params`, `names` (of the model, in the same order), `weight_decay`, `lr_scale`
@@ -56,19 +57,21 @@ def parameter_groups(model: TwoTower | FaceModel, config: OptimConfig) -> list[d
     return list(groups.values())
 
 
-def _layers(model: TwoTower | FaceModel, config: OptimConfig) -> dict[str, Layer]:
+def _layers(model: Model, config: OptimConfig) -> dict[str, Layer]:
     """Where parameters sit; not asked of a backbone whose layers all learn alike."""
     if isinstance(model, FaceModel) and config.layer_decay == 1:
         return {name: Layer("image", 0, 0) for name, _ in model.named_parameters()}
     return parameter_layers(model)
 
 
-def _network(model: TwoTower | FaceModel) -> tuple[str, nn.Module]:
+def _network(model: Model) -> tuple[str, nn.Module]:
     """What is decayed, without scale and bias: the prefix of its names, and the module."""
-    return ("backbone.", model.backbone) if isinstance(model, FaceModel) else ("clip.", model.clip)
+    if isinstance(model, FaceModel):
+        return "backbone.", model.backbone
+    return ("towers.", model.towers) if isinstance(model, TextModel) else ("clip.", model.clip)
 
 
-def decayed_names(model: TwoTower | FaceModel, decay_set: str) -> set[str]:
+def decayed_names(model: Model, decay_set: str) -> set[str]:
     """Names of the parameters that weight decay pulls on, by one of four published rules.
 
     - open_clip: two dimensions or more, and none of bn, ln, bias, logit_scale in the name: the

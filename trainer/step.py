@@ -1,10 +1,11 @@
 """One optimizer step: embeddings, loss, gradients, update; whole or in chunks with one loss.
 
-A step in chunks (gradient caching, Gao et al. 2021, arXiv 2101.06983) embeds the rank's batch
+A step in chunks (gradient caching, Gao et al. 2021, arXiv 2101.06983) embeds the rank's inputs
 chunk by chunk without a graph, takes the loss and its gradient on the embeddings once, and embeds
 again to carry that gradient into the towers. It is the same step to rounding: masks of dropout are
 keyed by sample (`trainer/dropout.py`), any other draw is re-seeded per chunk, and gradients are
-reduced when the last chunk is done.
+reduced when the last chunk is done. Inputs may be of different lengths (queries, and the texts of
+all labels): each is cut into as many chunks, and so are the outputs.
 """
 
 from collections.abc import Iterator
@@ -55,13 +56,12 @@ class Stepper:
         if loss.requires_grad:
             loss.backward()
         self.clock.mark("loss")
-        start = 0
+        starts = [0] * len(leaves)
         for i, chunk in enumerate(chunks):
             part = self._embed(chunk, step, i) if cached else parts[i]
-            stop = start + chunk.num_rows
-            surrogate = _surrogate(part, leaves, slice(start, stop), share=1 / len(chunks))
+            surrogate = _surrogate(part, leaves, starts, share=1 / len(chunks))
             self.engine.backward(surrogate, last=i == len(chunks) - 1)
-            start = stop
+            starts = [start + len(output) for start, output in zip(starts, part, strict=True)]
         self.clock.mark("backward")
         result = self.engine.step(learning_rate)
         self.objective.after_step(learning_rate, applied=result.applied)
@@ -97,15 +97,11 @@ class Stepper:
 
 class _Chunk(NamedTuple):
     keys: Tensor  # (c,) int64
-    inputs: list[Tensor]  # each (c, ...)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.keys)
+    inputs: list[Tensor]  # each (k, ...), the first (c, ...)
 
 
 def _is_rows(output: Tensor) -> bool:
-    """Rows of the batch, (n, d); what has one dimension, (1,), belongs to all of it."""
+    """Rows of an input, (n, d); what has one dimension, (1,), belongs to all of it."""
     return output.ndim == 2
 
 
@@ -118,18 +114,20 @@ def _leaves(parts: list[Outputs]) -> Outputs:
     return tuple(leaves)
 
 
-def _surrogate(part: Outputs, leaves: Outputs, rows: slice, *, share: float) -> Tensor:
+def _surrogate(part: Outputs, leaves: Outputs, starts: list[int], *, share: float) -> Tensor:
     """A scalar whose gradient is the loss's: sum of outputs times their known gradients.
 
-    Every chunk carries an equal share of the scale's and bias's gradient: a parameter without a
-    gradient in the reducing call would be left out of ZeRO's reduction.
+    Output i of this chunk is rows from `starts[i]` on. Every chunk carries an equal share of the
+    scale's and bias's gradient, also where it is 0: a parameter without a gradient in the reducing
+    call would be left out of ZeRO's reduction.
     """
     total = leaves[0].new_zeros(())
-    for output, leaf in zip(part, leaves, strict=True):
-        if leaf.grad is None or not output.requires_grad:
+    for output, leaf, start in zip(part, leaves, starts, strict=True):
+        if not output.requires_grad:
             continue
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         if _is_rows(output):
-            total = total + (output * leaf.grad[rows]).sum()
+            total = total + (output * gradient[start : start + len(output)]).sum()
         else:
-            total = total + (output * leaf.grad).sum() * share
+            total = total + (output * gradient).sum() * share
     return total

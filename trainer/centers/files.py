@@ -7,17 +7,18 @@ centers/layout.json              sizes, the parts' ranges, the margin's running 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from trainer.centers.centers import ClassCenters
 from trainer.centers.identities import Int64s, NameTable
+from trainer.centers.neighbours import Neighbours
 from trainer.centers.optimizer import SparseOptimizer
 from trainer.centers.parts import Part
 from trainer.checkpoint import (
@@ -36,7 +37,37 @@ _READ_BYTES = 2**26  # at a time
 _OF_CLASSES = "neighbours"  # a table with a row for each class, not for each center
 
 
-def state_files(centers: ClassCenters, names: NameTable | None) -> dict[str, Any]:
+class Carried(Protocol):
+    """What a loss carries from step to step, as plain numbers."""
+
+    def state(self) -> dict[str, float]:
+        """What the checkpoint keeps."""
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Take it over."""
+
+
+class CenterTable(Protocol):
+    """Rows in parts over the ranks: centers of identities, or classifiers of labels."""
+
+    num_classes: int
+    dim: int
+    subcenters: int
+    steps: int
+    group: ProcessGroup | None
+    part: Part
+    optimizer: SparseOptimizer
+
+    @property
+    def neighbours(self) -> Neighbours | None:
+        """Nearest centers of each class, where they are kept."""
+
+    @property
+    def margin(self) -> Carried:
+        """What carries numbers from step to step."""
+
+
+def state_files(centers: CenterTable, names: NameTable | None) -> dict[str, Any]:
     """This rank's files, name -> content for `CheckpointFolder.save`; tables are the live ones."""
     rank, world_size = own_rank(centers.group), count_ranks(centers.group)
     tables = centers.optimizer.tables()
@@ -204,7 +235,7 @@ class StoredCenters:
         return TensorFile.open(self.folder / FOLDER / "history.safetensors").whole()
 
 
-def load_state(centers: ClassCenters, checkpoint: Path) -> None:
+def load_state(centers: CenterTable, checkpoint: Path) -> None:
     """Bring `centers` to the state that `state_files` stored, at any world size.
 
     Raises ConfigError naming what does not fit the configuration.
@@ -227,7 +258,7 @@ def load_state(centers: ClassCenters, checkpoint: Path) -> None:
     centers.steps = stored.steps
 
 
-def _check_layout(centers: ClassCenters, stored: StoredCenters) -> None:
+def _check_layout(centers: CenterTable, stored: StoredCenters) -> None:
     """Raise ConfigError naming the settings under which the stored centers fit."""
     settings = [
         ("centers.num_classes", stored.num_classes, centers.num_classes),

@@ -73,7 +73,7 @@ def _construct(architecture: Architecture, config: ModelConfig) -> Any:
             warnings.simplefilter("ignore")  # timm's notes on its own renamed models
             clip = kind(vision_cfg=vision, text_cfg=text, **cfg)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(_why_not_built(architecture, str(error))) from error
+        raise ConfigError(why_not_built(architecture, str(error))) from error
     if config.patch_dropout and not _drops_patches(clip.visual):
         raise ConfigError(
             f"model.patch_dropout needs a vision transformer; {config.name}'s image tower is none"
@@ -81,7 +81,8 @@ def _construct(architecture: Architecture, config: ModelConfig) -> Any:
     return clip
 
 
-def _why_not_built(architecture: Architecture, reason: str) -> str:
+def why_not_built(architecture: Architecture, reason: str) -> str:
+    """What open_clip's complaint means for whoever named the model."""
     repo = architecture.text_cfg.get("hf_model_name")
     line = " ".join(reason.split())[:300]
     where = f"model.name = {architecture.name!r}"

@@ -3,7 +3,8 @@
 Group 0 is the stem (patches, tokens, positions), each block is a group, norms and pooling that
 follow belong to the last block, and a projection is a group of its own. For open_clip's own
 towers this is the grouping of `lock_image_tower` and `lock_text_tower`; for timm's it is the
-trunk's `group_matcher`; a face backbone groups its own (`parameter_depths`).
+trunk's `group_matcher`; a face backbone groups its own (`parameter_depths`); text towers of
+`trainer/models/texts` have open_clip's names for it.
 """
 
 import re
@@ -15,6 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from trainer.models.faces import FaceModel
+from trainer.models.texts import TextModel
 from trainer.models.towers import TwoTower
 
 _BLOCK = re.compile(r"(?:resblocks|layers?|blocks?)\.(\d+)\.")
@@ -35,12 +37,18 @@ class Layer:
     above: int
 
 
-def parameter_layers(model: TwoTower | FaceModel) -> dict[str, Layer]:
+def parameter_layers(model: TwoTower | FaceModel | TextModel) -> dict[str, Layer]:
     """Layer of every tower parameter by its name in `model`; scale and bias have none."""
     if isinstance(model, FaceModel):
         depths: dict[str, int] = model.backbone.parameter_depths()
         last = max(depths.values())
         return {f"backbone.{name}": Layer("image", at, last - at) for name, at in depths.items()}
+    if isinstance(model, TextModel):
+        found: dict[str, Layer] = {}
+        for which, tower in model.towers.items():
+            names = {n: n.removeprefix("text.") for n, _ in tower.named_parameters()}
+            found |= _place("text", names, _named_depths(list(names.values())), f"towers.{which}.")
+        return found
     image, text = {}, {}
     for name, _ in model.clip.named_parameters():
         if name.startswith("visual."):
@@ -53,11 +61,14 @@ def parameter_layers(model: TwoTower | FaceModel) -> dict[str, Layer]:
 
 
 def _place(
-    tower: Literal["image", "text"], names: dict[str, str], depths: dict[str, int]
+    tower: Literal["image", "text"],
+    names: dict[str, str],
+    depths: dict[str, int],
+    prefix: str = "clip.",
 ) -> dict[str, Layer]:
     last = max(depths.values())
     return {
-        f"clip.{full}": Layer(tower, depths[short], last - depths[short])
+        prefix + full: Layer(tower, depths[short], last - depths[short])
         for full, short in names.items()
     }
 

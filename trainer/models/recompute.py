@@ -29,11 +29,11 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
             _put_back(norm, kept)
 
 
-def recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """`block(x)`, of whose activations only `x` is kept for the backward pass."""
+def recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """`block(*inputs)`, of whose activations only these are kept for the backward pass."""
     result: Tensor = checkpoint(
         block,
-        x,
+        *inputs,
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (nullcontext(), statistics_kept(block)),

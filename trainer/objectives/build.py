@@ -19,10 +19,10 @@ from trainer.centers.start import (
 from trainer.config import Config
 from trainer.engine import Engine
 from trainer.hardness import ClustersOf, Hardness, build_hardness
-from trainer.models import TwoTower
+from trainer.models import FaceModel, TextModel, TwoTower, build_face_model, build_text_model
 from trainer.models import build_model as build_towers
-from trainer.models.faces import FaceModel, build_face_model
 from trainer.objectives.centers import CenterObjective
+from trainer.objectives.label_sides import build_label_objective
 from trainer.objectives.objective import Model, Objective
 from trainer.objectives.pairs import PairObjective
 from trainer.ranks import Ranks
@@ -34,8 +34,17 @@ WIRE = {"bf16": torch.bfloat16}
 def build_model(
     config: Config, *, device: torch.device | str = "cpu", load_weights: bool = True
 ) -> Model:
-    """The model that `[model]` and `[loss]` name: a face backbone, or image and text towers."""
+    """What `[model]` and `[loss]` name: a face backbone, text towers, or image and text towers."""
     seed = config.train.seed
+    if config.has_labels:
+        return build_text_model(
+            config.model,
+            loss_name=config.loss.name,
+            embeds_labels=config.labels.rows == "texts",
+            seed=seed,
+            device=device,
+            load_weights=load_weights,
+        )
     if config.has_centers:
         return build_face_model(config.model, seed=seed, device=device, load_weights=load_weights)
     return build_towers(
@@ -62,6 +71,10 @@ def build_objective(
     if isinstance(model, TwoTower):
         wire = WIRE.get(config.train.precision)
         return PairObjective(config.loss, model, engine, ranks, wire, hardness)
+    if isinstance(model, TextModel):
+        return build_label_objective(
+            config, model, engine, samples, ranks, hardness, draw=checkpoint is None
+        )
     return _center_objective(config, model, samples, ranks, checkpoint, hardness)
 
 

@@ -6,19 +6,21 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from data.loader import Batch
-from trainer.models import TwoTower
-from trainer.models.faces import FaceModel
+from trainer.models import FaceModel, TextModel, TwoTower
 
 Outputs = tuple[Tensor, ...]
 """What a model returns, without what is None: (n, d) rows, and (1,) numbers such as the scale."""
-Model = TwoTower | FaceModel
+Model = TwoTower | FaceModel | TextModel
 
 
 class Objective(Protocol):
     """A loss over a model's outputs, and everything that only this kind of run has."""
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the model takes of a batch, each (n, ...)."""
+        """What the model takes, the first (n, ...) of this batch; others may have other lengths."""
+
+    def most_rows(self, num_samples: int) -> int:
+        """Rows of the longest input on any rank, when none has more samples than so many."""
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
         """This rank's mean, (); the global loss is the mean over ranks. Collective."""

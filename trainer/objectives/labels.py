@@ -1,0 +1,230 @@
+"""Texts against their labels: label texts that a tower embeds, or a classifier row for each label.
+
+In a step a query meets the labels of the global batch, or all there are. Which these are, and which
+positive is drawn, are functions of the seed and of places in the run; so nothing depends on how
+many ranks there are.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.label_lists import LabelLists
+from data.loader import Batch
+from data.order import derive_key
+from trainer.centers.files import load_state, state_files
+from trainer.centers.label_rows import LabelRows
+from trainer.centers.parts import Part
+from trainer.collectives import gather_counts, gather_rows, sum_over_ranks
+from trainer.config import Config, LossConfig
+from trainer.dropout import row_keys
+from trainer.engine import Engine
+from trainer.hardness import Hardness, Keyed
+from trainer.losses import (
+    Positives,
+    decoupled_loss,
+    info_nce_loss,
+    one_vs_all_loss,
+    soft_topk_loss,
+    topk_hinge_loss,
+)
+from trainer.models.texts import TextModel
+from trainer.models.texts.label_texts import LabelTokens
+from trainer.objectives.objective import Outputs
+from trainer.ranks import Ranks
+
+MARGIN, HARDEST = 0.3, 10  # of topk_hinge, as NGAME publishes it
+_DRAW = 22  # what the key is for
+_OF_LABELS = 1 << 62  # beyond any position of a sample: keys of labels' dropout
+
+
+class Asked(NamedTuple):
+    """What a batch asks of the labels."""
+
+    positives: Positives  # of this rank's queries
+    drawn: Tensor | None  # (n,) the one that pulls, -1: none; None: all of them
+    label_ids: Tensor  # (m,) int64 of the label texts that this rank embeds, rising
+
+
+class LabelObjective:
+    """Queries of this rank against labels of all ranks.
+
+    Label texts are inputs beside the queries, and averaged with the towers. Classifiers are outside
+    the engine: their gradient is never averaged over ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TextModel,
+        engine: Engine,
+        ranks: Ranks,
+        lists: LabelLists,  # by sample id
+        part: Part,  # of all labels, this rank's
+        side: LabelTokens | LabelRows,  # label texts, of all labels that may come, or classifiers
+        hardness: Hardness,
+    ) -> None:
+        self._config, self._model, self._engine, self._ranks = config.loss, model, engine, ranks
+        self._lists, self._part, self._hardness = lists, part, hardness
+        self._tokens = side if isinstance(side, LabelTokens) else None
+        self.rows = side if isinstance(side, LabelRows) else None
+        self._over_all = config.labels.over == "all"
+        self._seed, self._batch_size = config.train.seed, config.train.global_batch_size
+        self._own_labels = torch.arange(part.start, part.stop)
+        self._squared_norm, self._unlabelled = 0.0, 0
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        if self._tokens is None:
+            return (batch.texts,)
+        ids = self._ask(batch).label_ids
+        return batch.texts, self._tokens.of(ids), self._label_keys(batch, ids)
+
+    def most_rows(self, num_samples: int) -> int:
+        """With all labels a rank's part of them is an input too."""
+        if self._tokens is None or not self._over_all:
+            return num_samples
+        world_size = self._ranks.world_size
+        return max(num_samples, -(-self._part.num_classes // world_size))
+
+    def loss(self, outputs: Outputs, batch: Batch, step: int) -> Tensor:
+        asked = self._ask(batch)
+        self._unlabelled = int((asked.positives.offsets.diff() == 0).sum())
+        queries, *rest = outputs
+        if self.rows is None:
+            labels, ids = rest.pop(0), asked.label_ids
+        else:
+            taken = self.rows.take(self._touched(asked.positives))
+            labels, ids = taken.unit, taken.ids
+        scale, bias = rest[0], rest[1] if rest[1:] else None
+        ids = ids.to(queries.device)
+        if self._hardness.is_due(step):
+            self._measure(batch, step, queries, scale, asked, Keyed(ids, labels.__getitem__))
+        group, parts = self._ranks.group, self.rows is not None
+        if bias is not None:
+            return one_vs_all_loss(
+                queries, labels, scale, bias, asked.positives, ids, group, labels_are_parts=parts
+            )
+        if self._config.name == "topk_hinge":  # which a larger scale would only make larger
+            scale = scale.detach()
+        return _build_loss(self._config)(
+            queries,
+            labels,
+            scale,
+            asked.positives,
+            ids,
+            group,
+            drawn=asked.drawn,
+            labels_are_parts=parts,
+        )
+
+    def after_step(self, learning_rate: float, *, applied: bool) -> None:
+        """Keep the scale within its limits; classifiers move with the towers or not at all."""
+        if applied:
+            self._engine.clamp(self._model.log_scale, *self._model.log_scale_limits)
+        if self.rows is None:
+            return
+        if applied:
+            self._squared_norm = self.rows.step(learning_rate)
+        else:
+            self.rows.discard()
+
+    def numbers(self, outputs: Outputs) -> dict[str, float]:
+        rest = outputs[1 if self.rows is not None else 2 :]
+        numbers = {"scale": float(rest[0])} | ({"bias": float(rest[1])} if rest[1:] else {})
+        sums = torch.tensor([self._squared_norm, self._unlabelled, len(outputs[0])]).double()
+        squared, unlabelled, count = sum_over_ranks(
+            sums.to(self._ranks.device), self._ranks.group
+        ).tolist()
+        if self.rows is not None:
+            numbers["centers_grad_norm"] = math.sqrt(squared)
+        return {**numbers, "unlabelled": unlabelled / count, **self._hardness.numbers()}
+
+    def histograms(self, outputs: Outputs, batch: Batch) -> dict[str, list[int]] | None:  # noqa: ARG002
+        """Of the sampled rows."""
+        return self._hardness.histograms()
+
+    def files(self) -> dict[str, Any]:
+        """The towers hold everything but classifiers."""
+        return {} if self.rows is None else state_files(self.rows, None)
+
+    def load(self, checkpoint: Path) -> None:
+        """Classifiers, where there are some."""
+        if self.rows is not None:
+            load_state(self.rows, checkpoint)
+
+    def _ask(self, batch: Batch) -> Asked:
+        lists = self._lists.of(batch.ids.numpy())
+        ids = torch.from_numpy(lists.ids.astype(np.int64))
+        positives = Positives(torch.from_numpy(lists.offsets), ids)
+        if self._over_all or self.rows is not None:
+            return Asked(positives, None, self._own_labels)
+        drawn = self._draw(batch, lists)
+        return Asked(positives, drawn, drawn[drawn >= 0].unique())
+
+    def _draw(self, batch: Batch, lists: LabelLists) -> Tensor:  # (n,)
+        """A positive of each query, -1 where it has none: a function of the seed and its place."""
+        counts = lists.counts
+        keys = derive_key(self._seed, _DRAW, batch.positions.numpy())
+        turns = (keys % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
+        drawn = np.full(len(counts), -1, np.int64)
+        some = counts > 0
+        drawn[some] = lists.ids[lists.offsets[:-1][some] + turns[some]]
+        return torch.from_numpy(drawn)
+
+    def _label_keys(self, batch: Batch, ids: Tensor) -> Tensor:  # (m,) -> (m,)
+        """Keys of dropout: by step and label, so that any rank would draw the same masks."""
+        step = int(batch.positions[0]) // self._batch_size
+        return row_keys(self._seed, ids + (step * self._part.num_classes + _OF_LABELS))
+
+    def _touched(self, positives: Positives) -> Tensor | None:
+        """Labels of this rank's part that any query of the global batch has; None: all labels."""
+        if self._over_all:
+            return None
+        group, own = self._ranks.group, positives.labels.unique().to(self._ranks.device)
+        everyone = gather_rows(own, gather_counts(len(own), group, own.device), group).unique()
+        return everyone[(everyone >= self._part.start) & (everyone < self._part.stop)]
+
+    def _measure(
+        self,
+        batch: Batch,
+        step: int,
+        queries: Tensor,
+        scale: Tensor,
+        asked: Asked,
+        labels: Keyed,
+    ) -> None:
+        positives = asked.positives
+        self._hardness.measure_labels(
+            batch,
+            step,
+            queries,
+            float(scale.detach()),
+            (positives.offsets, positives.labels),
+            labels,
+            drawn=None if asked.drawn is None else asked.drawn.to(queries.device),
+            margin=_margin(self._config) if self._config.name == "topk_hinge" else 0.0,
+        )
+
+
+def _margin(config: LossConfig) -> float:
+    return MARGIN if config.margin is None else config.margin
+
+
+def _build_loss(config: LossConfig) -> Callable[..., Tensor]:
+    """A loss of `trainer/losses` with the options of its own."""
+    if config.name == "soft_topk":
+        return partial(soft_topk_loss, k=config.topk, alpha=config.topk_alpha)
+    if config.name == "topk_hinge":
+        return partial(
+            topk_hinge_loss,
+            margin=_margin(config),
+            k=config.topk or HARDEST,
+            softmax_temperature=config.topk_temperature or None,
+        )
+    return {"info_nce": info_nce_loss, "decoupled": decoupled_loss}[config.name]
