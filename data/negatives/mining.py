@@ -13,6 +13,9 @@ from data.negatives.tree import ONE_THREAD, Work
 
 Int64s = NDArray[np.int64]
 
+_POSITIVES = 256
+"""A label's samples beyond so many are not looked past: their lists may come out short."""
+
 
 def mine_negatives(
     plan: BatchPlan,
@@ -29,8 +32,9 @@ def mine_negatives(
     ids = np.sort(plan.order[snapshot.seen[plan.order]])
     found = np.full((len(snapshot.rows), num), -1, np.int64)
     if len(ids) > 1:
-        # As many again, since positives are the nearest of all.
-        width = min(2 * num + skip + 16, len(ids) - 1)
+        # Positives are the nearest of all.
+        known = 0 if labels is None else int(np.bincount(labels[ids] + 1)[1:].max(initial=0))
+        width = min(num + skip + min(known, _POSITIVES), len(ids) - 1)
         lists = nearest(snapshot.rows, ids, width, plan.header.seed, work).astype(np.int64)
         lists = np.where(lists >= 0, ids[lists], -1)
         if labels is not None:
@@ -49,7 +53,7 @@ def attach(
     negatives: Int64s | None = None,  # (n, h) sample ids by place, -1: none
     row_weights: NDArray[np.float32] | None = None,  # (n,) by place; their mean becomes 1
 ) -> BatchPlan:
-    """The plan with what is given beside it. Raises DataError for shapes or values that do not fit."""
+    """The plan with what is given beside it. Raises DataError for what does not fit."""
     num = len(plan.order)
     if negatives is not None and (negatives.ndim != 2 or len(negatives) != num):
         raise DataError(f"negatives of shape {negatives.shape} for a plan of {num:,} samples")

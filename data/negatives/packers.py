@@ -41,9 +41,9 @@ class Affinity(NamedTuple):
     @property
     def rows(self) -> Rows | None:
         """Unit rows that are near where samples are alike; None: none yet."""
-        if self.snapshot is not None:
-            return self.snapshot.rows
-        return self.columns.coordinates if self.knobs.planner == "coordinates" else None
+        if self.snapshot is None and self.knobs.planner == "coordinates":
+            return self.columns.coordinates
+        return None if self.snapshot is None else self.snapshot.rows
 
     def placeable(self, ids: Int64s) -> NDArray[np.bool_]:  # (n,)
         """Samples that the planner can place; the others are laid at random."""
@@ -55,8 +55,7 @@ class Affinity(NamedTuple):
             return np.zeros(len(ids), np.bool_)
         if self.snapshot is not None:
             return self.snapshot.seen[ids]
-        finite: NDArray[np.bool_] = np.isfinite(self.rows[ids]).all(axis=1)
-        return finite
+        return np.isfinite(self.rows[ids].astype(np.float32).sum(axis=1))
 
 
 def cluster_rows(ids: Int64s, loose: Int64s, affinity: Affinity, shape: BatchShape) -> Layout:

@@ -68,7 +68,7 @@ class PlanHeader:
     num_random: int
     """Samples without a mate beside them: drawn by `random_share`, unseen, or left over."""
     num_unseen: int
-    """Samples without an embedding."""
+    """Samples without an embedding; all, where there is no snapshot."""
     num_clusters: int
     """Runs of at least two samples between two bounds."""
     num_torn: int
@@ -177,7 +177,8 @@ def make_plan(
     snapshot of another data set, embeddings that are not finite, and a column that is missing.
     """
     members = _check_ids(ids, snapshot, columns, head)
-    affinity = Affinity(snapshot, columns, knobs, derived_seed(seed, version), work)
+    known = snapshot if snapshot is not None and snapshot.seen.any() else None
+    affinity = Affinity(known, columns, knobs, derived_seed(seed, version), work)
     groups = _locality_groups(members, columns, knobs.locality, affinity.seed)
     layouts, unseen, start = [], 0, -head.places
     for group in groups:
@@ -217,7 +218,8 @@ def _plan_group(ids: Int64s, affinity: Affinity, shape: BatchShape) -> tuple[Lay
     """(layout, samples without an embedding) of one locality group."""
     seed, knobs = affinity.seed, affinity.knobs
     has_rows = affinity.placeable(ids)
-    unseen = int((~affinity.snapshot.seen[ids]).sum()) if affinity.snapshot is not None else 0
+    snapshot = affinity.snapshot
+    unseen = len(ids) - (0 if snapshot is None else int(snapshot.seen[ids].sum()))
     words = keyed_words(ids, seed, _RANDOM_SHARE)
     wanted = max(0, round(knobs.random_share * len(ids)) - int((~has_rows).sum()))
     rank = np.argsort(np.where(has_rows, words, np.uint64(2**64 - 1)), kind="stable")

@@ -1,0 +1,355 @@
+"""Clusters into batches, and what each planner promises of its batches."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.negatives.neighbours as neighbours_module
+from data.config import NegativesConfig
+from data.errors import DataError
+from data.negatives.columns import SampleColumns
+from data.negatives.constraints import Rules, keep_apart
+from data.negatives.hardness import measure_hardness
+from data.negatives.layout import BatchShape, Layout, lay_out, spread
+from data.negatives.mining import attach, mine_negatives
+from data.negatives.neighbours import choose_companions, nearest
+from data.negatives.plan import make_plan
+from data.negatives.store import Snapshot, unit_rows
+from data.negatives.tree import ONE_THREAD, Clusters
+
+ROWS = np.random.default_rng(0).standard_normal((3000, 12)).astype(np.float32)
+
+
+def mixture(num, centers, noise=0.2, dim=12, seed=0):
+    rng = np.random.default_rng(seed)
+    owner = rng.integers(0, centers, num)
+    rows = rng.standard_normal((centers, dim))[owner] + noise * rng.standard_normal((num, dim))
+    return Snapshot.of(unit_rows(rows.astype(np.float32))), owner
+
+
+def plan_of(snapshot, ids=None, *, batch_size=32, columns=None, seed=1, version=0, **knobs):
+    ids = np.arange(len(snapshot.rows)) if ids is None else ids
+    columns = columns or SampleColumns()
+    config = NegativesConfig(**knobs)
+    return make_plan(
+        snapshot, ids, config, seed=seed, version=version, batch_size=batch_size, columns=columns
+    )
+
+
+def batches_of(plan):
+    return np.split(plan.order, plan.edges()[1:-1])
+
+
+def check_layout(layout, shape, members):
+    assert sorted(layout.order.tolist()) == sorted(members)
+    assert layout.bounds[0] == 0 and layout.bounds[-1] == len(layout.order)
+    assert (np.diff(layout.bounds) > 0).all()
+    assert np.isin(shape.edges(), layout.bounds).all(), "no run crosses the edge of a batch"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), max_size=40),
+    one_size=st.booleans(),
+    loose=st.integers(0, 40),
+    batch=st.integers(1, 20),
+    lead=st.integers(0, 19),
+    seed=st.integers(0, 99),
+)
+def test_every_row_has_one_place(sizes, one_size, loose, batch, lead, seed):
+    if one_size and sizes:
+        sizes = [sizes[0]] * len(sizes)
+    num = sum(sizes)
+    if not num + loose:
+        return
+    clusters = Clusters(np.arange(num), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    shape = BatchShape(num + loose, batch, lead % batch)
+    layout = lay_out(clusters, np.arange(num, num + loose), shape, seed)
+    check_layout(layout, shape, range(num + loose))
+    owner = np.repeat(np.arange(len(sizes) + loose), [*sizes, *[1] * loose])
+    runs = np.split(owner[layout.order], layout.bounds[1:-1])
+    assert all(len(set(run.tolist())) == 1 for run in runs), "a run is of one cluster"
+    whole = sum(len(run) == [*sizes, *[1] * loose][run[0]] for run in runs)
+    assert len(sizes) + loose - whole <= layout.torn
+    if one_size and sizes:
+        slots = int((np.diff(shape.edges()) // sizes[0]).sum())
+        assert layout.torn == max(0, len(sizes) - slots), "as few as possible"
+
+
+@pytest.mark.parametrize("batch, size, lead", [(64, 4, 0), (64, 32, 16), (60, 7, 0), (64, 64, 0)])
+def test_clusters_are_torn_only_where_they_do_not_fit(batch, size, lead):
+    num = 40 * batch // size * size
+    clusters = Clusters(np.arange(num), np.arange(0, num + 1, size))
+    layout = lay_out(clusters, np.zeros(0, np.int64), BatchShape(num, batch, lead), 3)
+    torn = num // size - int((np.diff(BatchShape(num, batch, lead).edges()) // size).sum())
+    assert layout.torn == max(0, torn)
+    if batch % size == 0 and lead % size == 0:
+        assert layout.torn == 0 and (np.diff(layout.bounds) == size).all()
+
+
+def test_clusters_of_many_sizes_are_seldom_torn():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 9, 2000)
+    clusters = Clusters(np.arange(sizes.sum()), np.concatenate([[0], np.cumsum(sizes)]))
+    shape = BatchShape(int(sizes.sum()), 64)
+    assert lay_out(clusters, np.zeros(0, np.int64), shape, 0).torn < 10
+
+
+def test_loose_rows_are_spread_evenly():
+    clusters = Clusters(np.arange(3200), np.arange(0, 3201, 4))
+    layout = lay_out(clusters, np.arange(3200, 6400), BatchShape(6400, 64), 5)
+    loose = (layout.order.reshape(-1, 64) >= 3200).sum(axis=1)
+    assert set(loose.tolist()) == {32}
+    assert spread(10, np.array([0, 3, 6, 9])).sum() == 10
+
+
+def test_larger_clusters_than_batches_are_cut_into_batches():
+    snapshot, owner = mixture(1024, 4, 0.05)
+    plan = plan_of(snapshot, cluster_size=256)
+    assert np.mean([len(np.unique(owner[b])) for b in batches_of(plan)]) < 2.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(2, 200),
+    batch=st.integers(1, 40),
+    values=st.integers(1, 60),
+    nothing=st.integers(0, 30),
+    avoid=st.integers(0, 30),
+    seed=st.integers(0, 99),
+)
+def test_the_like_are_kept_apart_wherever_they_can_be(num, batch, values, nothing, avoid, seed):
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random(num) < nothing / 100, -1, rng.integers(0, values, num))
+    lead = seed % batch
+    shape = BatchShape(num, batch, lead)
+    layout = Layout(rng.permutation(num), np.unique([0, *shape.edges(), num]), 0)
+    held = rng.permutation(num)[:avoid]
+    rules = Rules.of(("label",), SampleColumns(labels=labels), held)
+    fixed, broken = keep_apart(layout, shape, rules, seed)
+    check_layout(fixed, shape, range(num))
+    likes = 0
+    for number, ids in enumerate(np.split(fixed.order, shape.edges()[1:-1])):
+        seen = set(labels[held].tolist()) - {-1} if lead and not number else set()
+        for sample in ids.tolist():
+            again = labels[sample] in seen or (lead and not number and sample in held)
+            likes += bool(again)
+            if labels[sample] >= 0:
+                seen.add(labels[sample])
+    assert likes == broken
+    most = np.bincount(labels[labels >= 0], minlength=1).max()
+    if not lead and most * 3 <= num // batch and nothing == 0:
+        assert not broken, "plenty of batches for every value"
+
+
+def test_moved_rows_are_no_members_of_where_they_come_to():
+    snapshot, _ = mixture(640, 40)
+    labels = np.repeat(np.arange(80), 8)
+    plan = plan_of(
+        snapshot, cluster_size=8, unique=("label",), columns=SampleColumns(labels=labels)
+    )
+    assert plan.header.num_broken == 0
+    assert all(len(np.unique(labels[ids])) == len(ids) for ids in batches_of(plan))
+    free = plan_of(snapshot, cluster_size=8)
+    clusters = {tuple(sorted(run)) for run in np.split(free.order, free.bounds[1:-1])}
+    mine = [set(run.tolist()) for run in np.split(plan.order, plan.bounds[1:-1]) if len(run) > 1]
+    assert all(any(run <= set(other) for other in clusters) for run in mine)
+
+
+def test_captions_are_kept_apart_as_well():
+    snapshot, _ = mixture(320, 40)
+    columns = SampleColumns(
+        labels=np.arange(320) % 50, captions=np.where(np.arange(320) % 3, np.arange(320) % 70, 0)
+    )
+    plan = plan_of(snapshot, unique=("label", "caption"), columns=columns, batch_size=16)
+    for ids in batches_of(plan):
+        texts = columns.captions[ids]
+        assert len(np.unique(columns.labels[ids])) == len(ids)
+        assert len(np.unique(texts[texts != 0])) == (texts != 0).sum()
+    assert plan.header.num_broken == 0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_neighbours_are_the_nearest(exact, monkeypatch):
+    rows = unit_rows(ROWS[:1500].copy())
+    rows[7] = rows[3]  # equal cosines go by id
+    ids = np.arange(0, 1500, 2)
+    rows[ids[5]] = rows[ids[9]] = rows[ids[1]]
+    if not exact:
+        monkeypatch.setattr(neighbours_module, "EXACT", 100)
+        monkeypatch.setattr(neighbours_module, "CELL_ROWS", 256)
+    found = nearest(rows, ids, 6, 0, ONE_THREAD)
+    cosines = rows[ids].astype(np.float64) @ rows[ids].T.astype(np.float64)
+    np.fill_diagonal(cosines, -np.inf)
+    want = np.argsort(-cosines, axis=1, kind="stable")[:, :6]
+    recall = np.mean([len(set(a) & set(b)) / 6 for a, b in zip(found, want, strict=True)])
+    assert recall > (0.999 if exact else 0.5)  # the last of equals may be another
+    assert (found != np.arange(len(ids))[:, None]).all() and (found >= 0).all()
+    assert all(len(set(row)) == 6 for row in found.tolist())
+    ordered = np.take_along_axis(cosines, found.astype(np.int64), axis=1)
+    assert (np.diff(ordered, axis=1) < 1e-6).all()
+    assert found[1, :2].tolist() == [5, 9]
+
+
+def test_fewer_rows_than_neighbours():
+    found = nearest(ROWS, np.array([4]), 3, 0, ONE_THREAD)
+    assert found.tolist() == [[-1, -1, -1]]
+    found = nearest(ROWS, np.array([4, 9]), 3, 0, ONE_THREAD)
+    assert found.tolist() == [[1, -1, -1], [0, -1, -1]]
+
+
+def test_half_of_the_companions_are_the_nearest():
+    lists = np.tile(np.arange(20, dtype=np.int32), (4000, 1))
+    chosen = choose_companions(lists, 8, 3)
+    assert (chosen[:, :4] == np.arange(4)).all()
+    drawn = chosen[:, 4:]
+    assert drawn.min() == 4 and all(len(set(row)) == 4 for row in drawn[:50].tolist())
+    counts = np.bincount(drawn.reshape(-1), minlength=20)[4:]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 45, "uniform (chi squared, 15 degrees)"
+    assert (choose_companions(lists[:, :6], 8, 3) == lists[:, :6]).all()
+
+
+def test_greedy_batches_are_hard_and_skip_what_is_too_near():
+    snapshot, owner = mixture(2000, 100)
+    greedy = plan_of(snapshot, planner="greedy", neighbours=8)
+    random = plan_of(snapshot, planner="random")
+    hard, easy = (measure_hardness(p, snapshot, num_batches=99) for p in (greedy, random))
+    assert hard.hardest > easy.hardest + 0.1 and hard.mate_share > 0.8
+    # Planted doubles: they are each other's nearest, and with one neighbour passed over they part.
+    rows = np.repeat(np.asarray(snapshot.rows[:1000]), 2, axis=0)
+    doubles = Snapshot.of(rows)
+    twins = np.arange(2000) // 2
+    met = [
+        measure_hardness(
+            plan_of(doubles, planner="greedy", neighbours=4, skip_nearest=skip),
+            doubles, twins=twins, num_batches=99,
+        ).twins
+        for skip in (0, 1)
+    ]  # fmt: skip
+    assert met[0] > 0.4 and met[1] < 0.5 * met[0], met
+    labelled = plan_of(
+        snapshot, planner="greedy", neighbours=8, unique=("label",),
+        columns=SampleColumns(labels=owner), batch_size=16,
+    )  # fmt: skip
+    assert all(len(set(owner[ids].tolist())) == len(ids) for ids in batches_of(labelled))
+
+
+def test_topics_fill_batches_alike_in_margins():
+    rng = np.random.default_rng(3)
+    snapshot, owner = mixture(4096, 8, 0.3)
+    margins = rng.gamma(1.0, size=4096).astype(np.float32)  # skewed
+    columns = SampleColumns(margins=margins)
+    plan = plan_of(snapshot, planner="topics", cluster_size=512, columns=columns, margin_bins=4)
+    edges = np.linspace(margins.min(), margins.max(), 5)[1:-1]
+    assert np.mean([np.bincount(owner[b]).max() / len(b) for b in batches_of(plan)]) > 0.7
+    low = np.array([(np.digitize(margins[b], edges) == 0).mean() for b in batches_of(plan)])
+    drawn = np.array([(np.digitize(margins[rng.permutation(4096)[:32]], edges) == 0).mean()
+                      for _ in range(128)])  # fmt: skip
+    assert low.std() < 0.75 * drawn.std()
+    own = plan_of(snapshot, planner="topics")  # margins of its own
+    assert (
+        measure_hardness(own, snapshot).hardest
+        > measure_hardness(plan_of(snapshot, planner="random"), snapshot).hardest
+    )
+
+
+def test_coordinates_are_for_the_cold_start():
+    rng = np.random.default_rng(0)
+    points = unit_rows(rng.standard_normal((1000, 3)).astype(np.float32))
+    points[5] = np.nan
+    columns = SampleColumns(coordinates=points, num_samples=1000)
+    knobs = NegativesConfig(planner="coordinates", neighbours=8)
+    cold = make_plan(
+        None, np.arange(1000), knobs, seed=0, version=0, batch_size=32, columns=columns
+    )
+    places = Snapshot.of(np.nan_to_num(points))
+    random = plan_of(places, planner="random")
+    assert measure_hardness(cold, places).hardest > measure_hardness(random, places).hardest + 0.02
+    assert sorted(cold.order.tolist()) == list(range(1000))
+    snapshot, _ = mixture(1000, 50)
+    warm = plan_of(snapshot, planner="coordinates", columns=columns, neighbours=8)
+    greedy = plan_of(snapshot, planner="greedy", columns=columns, neighbours=8)
+    assert (warm.order == greedy.order).all()
+
+
+def identity_plan(counts, batch=32, images=4, cluster_size=2, noise=0.1, seen=1.0):
+    rng = np.random.default_rng(1)
+    families = np.repeat(rng.standard_normal((len(counts) // 2 + 1, 12)), 2, axis=0)[: len(counts)]
+    means = families + 0.2 * rng.standard_normal(families.shape)  # 2i and 2i + 1 look alike
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    rows = means[labels] + noise * rng.standard_normal((len(labels), 12))
+    steps = np.where(rng.random(len(labels)) < seen, 0, -1)
+    snapshot = Snapshot.of(unit_rows(rows.astype(np.float32)), steps)
+    columns = SampleColumns(labels=labels, images_per_identity=images)
+    plan = plan_of(
+        snapshot, planner="identities", cluster_size=cluster_size, columns=columns, batch_size=batch
+    )
+    return plan, labels
+
+
+def test_near_identities_stand_together():
+    plan, labels = identity_plan([8] * 64)
+    assert sorted(plan.order.tolist()) == list(range(512))
+    together = 0
+    for ids in batches_of(plan):
+        found, counts = np.unique(labels[ids], return_counts=True)
+        assert (counts == 4).all() and len(found) == 8, "P identities with K images each"
+        together += sum(label ^ 1 in found for label in found.tolist())
+    assert together > 0.6 * 128
+    alone, labels = identity_plan([8] * 64, cluster_size=1)
+    there = [
+        label ^ 1 in set(labels[ids]) for ids in batches_of(alone) for label in set(labels[ids])
+    ]
+    assert np.mean(there) < 0.35
+
+
+@pytest.mark.parametrize("counts", [[1] * 50, [3, 9, 40, 0, 5, 4] * 6, [200, 2, 2, 4], [7] * 9])
+def test_every_image_of_any_identities_comes_once(counts):
+    plan, _ = identity_plan(counts, batch=16, seen=0.7)
+    assert sorted(plan.order.tolist()) == list(range(sum(counts)))
+    runs = np.split(plan.order, plan.bounds[1:-1])
+    grouped = sum(count // 4 * 4 for count in counts)
+    assert sum(len(run) for run in runs if len(run) >= 4) >= 0.5 * grouped
+
+
+def test_identities_need_labels():
+    snapshot, _ = mixture(100, 5)
+    with pytest.raises(DataError, match=r"identities.*labels"):
+        plan_of(snapshot, planner="identities")
+    with pytest.raises(DataError, match=r'unique = \["caption"\].*captions'):
+        plan_of(snapshot, unique=("caption",))
+    with pytest.raises(DataError, match=r"locality.*shards"):
+        plan_of(snapshot, locality=2)
+
+
+def test_locality_touches_few_shards():
+    snapshot, _ = mixture(4000, 100)
+    columns = SampleColumns(shards=np.arange(4000) // 200)
+    near = plan_of(snapshot, columns=columns, locality=2)
+    far = plan_of(snapshot, columns=columns)
+    shards = [measure_hardness(p, snapshot, shards=columns.shards).shards for p in (near, far)]
+    assert shards[0] <= 4 < 10 < shards[1]
+    other = plan_of(snapshot, columns=columns, locality=2, version=1)
+    first = [{tuple(sorted(set(columns.shards[b].tolist()))) for b in batches_of(p)}
+             for p in (near, other)]  # fmt: skip
+    assert first[0] != first[1], "other groups in the next plan"
+
+
+def test_mined_negatives_are_near_and_never_positives():
+    snapshot, owner = mixture(600, 30)
+    plan = plan_of(snapshot)
+    found = mine_negatives(plan, snapshot, 5, labels=owner)
+    assert found.shape == (600, 5)
+    assert (owner[found] != owner[plan.order][:, None]).all() and (found >= 0).all()
+    plain = mine_negatives(plan, snapshot, 5)
+    assert (owner[plain] == owner[plan.order][:, None]).mean() > 0.8
+    assert (mine_negatives(plan, snapshot, 4, skip=1) == plain[:, 1:]).all()
+    few = mine_negatives(plan_of(snapshot, np.arange(4)), snapshot, 8)
+    assert (np.sort(few, axis=1)[:, :5] == -1).all() and (few >= 0).sum(axis=1).tolist() == [3] * 4
+    carried = attach(plan, negatives=found, row_weights=np.arange(600, dtype=np.float32))
+    assert carried.row_weights.mean() == pytest.approx(1)
+    with pytest.raises(DataError, match="negatives of shape"):
+        attach(plan, negatives=found[1:])
+    with pytest.raises(DataError, match="row weights"):
+        attach(plan, row_weights=np.full(600, np.nan, np.float32))
