@@ -66,7 +66,7 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="retrieval, zero_shot, recall, verification, identification, all_pairs, ijb."
+            help="retrieval, zero_shot, recall, verification, identification, all_pairs, ijb, xmc."
         ),
     ] = None,
     nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU.")] = 0,
@@ -78,6 +78,9 @@ def evaluate(
 
     Faces: nsphere eval runs/faces --task recall --task verification --data "val-*.tar"
     --eval.pairs=val_pairs.tsv --eval.flip=true; or --task verification --data lfw.bin
+
+    Labels: nsphere eval runs/wordnet --task xmc --data "val-*.tar" --eval.predictions=val.parquet;
+    with millions of labels --eval.index=hnsw, whose recall is told beside the figures
     """
     from launch import runs
 

@@ -15,7 +15,7 @@ from launch.signals import BAD_INPUT, STOPPED, StopRequest
 from trainer.config import Config, ConfigError, load_config
 from trainer.run import STOPPED_MARKER, check_config
 from trainer.samples import build_samples, check_fit, check_memory, count_classes
-from trainer.validate import Validation, load_model, open_sets
+from trainer.validate import build_validation, check_sets, load_model
 
 
 def is_one_of_several() -> bool:
@@ -38,7 +38,7 @@ def train(
     with shard_progress("indexing shards") as progress:
         samples = build_samples(config, progress)
         if config.data.val_shards:
-            open_sets(config, config.data.val_shards, progress)
+            check_sets(config, config.data.val_shards, progress)
     _name_problems(samples.indexes)
     check_fit(config, samples, num_ranks)
     check_memory(config, num_ranks, count_classes(config, samples))
@@ -76,7 +76,7 @@ def evaluate(source: Path, overrides: list[str], num_ranks: int) -> int:
     """Check, then evaluate on `num_ranks` ranks; rank 0 prints the JSON line. The exit code."""
     checkpoint, config = _find(source, overrides)
     with shard_progress("indexing shards") as progress:
-        open_sets(config, config.data.val_shards, progress)
+        check_sets(config, config.data.val_shards, progress)
     check_memory(config, num_ranks)
     return run_local(num_ranks, ["eval", str(checkpoint), *overrides])
 
@@ -89,7 +89,7 @@ def evaluate_rank(source: Path, overrides: list[str]) -> dict[str, float | str] 
     with open_ranks(os.environ) as ranks:
         weights = load_weights(checkpoint, ema=True)
         model = load_model(weights, config, ranks.device)
-        results = Validation.build(config, model, ranks, config.data.val_shards)(model)
+        results = build_validation(config, model, ranks, checkpoint=checkpoint)(model)
         return {"checkpoint": str(checkpoint), **results} if ranks.is_first else None
 
 

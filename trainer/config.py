@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from data.config import DataConfig, NegativesConfig
-from trainer.eval_section import EvalConfig
+from trainer.eval_section import EvalConfig, HnswConfig
 from trainer.model_section import ModelConfig
 from trainer.sections import (
     CENTER_LOSSES,
@@ -38,6 +38,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "HnswConfig",
     "LabelsConfig",
     "LogConfig",
     "LossConfig",

@@ -12,6 +12,19 @@ Task = Literal[
 ]
 
 
+class HnswConfig(Section):
+    """Graph of labels for approximate search (Malkov and Yashunin 2016, arXiv 1603.09320)."""
+
+    m: int = Field(default=32, ge=2)
+    """Links of a label in each layer, twice as many in the lowest."""
+    ef_construction: int = Field(default=200, ge=1)
+    """Candidates while the graph is built."""
+    ef_search: int = Field(default=200, ge=1)
+    """Candidates while it is searched; at least `labels.top` and what filters take away."""
+    sample: int = Field(default=1000, ge=1)
+    """About so many queries are answered exactly too, for the recall that is told."""
+
+
 class EvalConfig(Section):
     """Evaluation of `data.val_shards` while training and in `nsphere eval`."""
 
@@ -51,6 +64,11 @@ class EvalConfig(Section):
     """False accept rates at which true accept rates are told."""
     fpirs: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     """False positive identification rates at which misses are told."""
+    index: Literal["exact", "hnsw"] = "exact"
+    """xmc: score every label, or walk a graph of them (`[eval.hnsw]`) whose recall is told."""
+    hnsw: HnswConfig = HnswConfig()
+    predictions: str = ""
+    """xmc: Parquet file for the predictions (key, labels, scores); empty: none."""
     roc: str = ""
     """File for the curves (TSV: curve, far, tar, bound); empty: none."""
     seed: int = Field(default=0, ge=0)

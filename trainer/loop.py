@@ -30,7 +30,7 @@ from trainer.ranks import Ranks
 from trainer.run import write_samples
 from trainer.schedule import learning_rate
 from trainer.step import StepOutput, Stepper
-from trainer.validate import Validation
+from trainer.validate import Evaluation
 
 COSINES_EVERY_LINES = 20  # a histogram of cosines for so many logged steps
 
@@ -97,7 +97,7 @@ class Loop:
     average: WeightAverage | None
     checkpoints: CheckpointFolder
     writer: MetricsWriter
-    validation: Validation | None
+    validation: Evaluation | None
     epoch_samples: int
     clock: StepClock
     planning: Planning | None = None

@@ -28,6 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 2.0  # without a terminal, progress is one line at most this often
 
 _DETAILS = ("_std", "_grid", "_by_kind", "_error", "_low", "_high")  # ends of names
+_OF_LABELS = ("xmc_P@", "xmc_PSP@", "xmc_R@100")  # of task xmc, which has dozens
 
 
 class Tracker(Protocol):
@@ -310,5 +311,7 @@ def _short(value: float) -> str:
 
 def _headline(name: str) -> bool:
     """Scores that fit a line; counts, deviations and points of a curve stand in metrics.jsonl."""
+    if name.startswith("xmc_"):
+        return name.startswith(_OF_LABELS)
     detail = name.startswith("num_") or "@F" in name or name.endswith(_DETAILS)
     return name == "num_images" or not detail

@@ -29,7 +29,7 @@ from trainer.ranks import Ranks
 from trainer.run import check_config, log_to_file, open_run
 from trainer.samples import check_fit, load_samples
 from trainer.step import Stepper
-from trainer.validate import AUTOCAST, Validation
+from trainer.validate import AUTOCAST, Evaluation, build_validation
 
 logger = logging.getLogger("nsphere.train")
 
@@ -90,7 +90,7 @@ def train(
         average=average,
         checkpoints=checkpoints,
         writer=writer,
-        validation=_build_validation(config, model, ranks),
+        validation=_build_validation(config, model, objective, ranks),
         epoch_samples=samples.epoch_samples,
         clock=clock,
     )
@@ -171,7 +171,9 @@ def _build_stepper(
     )
 
 
-def _build_validation(config: Config, model: Model, ranks: Ranks) -> Validation | None:
+def _build_validation(
+    config: Config, model: Model, objective: Objective, ranks: Ranks
+) -> Evaluation | None:
     if not config.data.val_shards:
         return None
-    return Validation.build(config, model, ranks, config.data.val_shards)
+    return build_validation(config, model, ranks, objective=objective)

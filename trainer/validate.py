@@ -1,7 +1,8 @@
 """Evaluation of shards and `.bin` sets with a model: what `nsphere eval` and training share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,7 @@ from data.loader import EvalBatch, iter_eval_batches
 from data.rows import Keys
 from data.shards import expand_shards
 from data.text import Tokenizer, build_tokenizer
+from trainer.centers.label_rows import read_label_rows
 from trainer.config import Config, ConfigError, EvalConfig
 from trainer.evaluate import TEXT_TASKS, evaluate
 from trainer.evaluate.image_tasks import load_tables
@@ -22,11 +24,18 @@ from trainer.evaluate.roc import Curve, write_curves
 from trainer.evaluate.subject import Tables
 from trainer.evaluate.verification import Pairs
 from trainer.export import load_faces, load_towers
-from trainer.objectives import Model
+from trainer.models.texts import TextModel
+from trainer.models.texts.build import restore_text_model
+from trainer.objectives import Model, Objective
+from trainer.objectives.labels import LabelObjective
 from trainer.ranks import Ranks
 from trainer.samples import Progress
+from trainer.validate_labels import Classifiers, LabelValidation, open_label_set
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+Evaluation = Callable[[nn.Module], dict[str, float]]
+"""The model as it is now -> its numbers; collective, the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,24 @@ def open_sets(
     return sets
 
 
+def check_sets(
+    config: Config, shards: str | Sequence[str], progress: Progress | None = None
+) -> None:
+    """Index what is new and raise ConfigError or DataError for whatever does not fit."""
+    if config.has_labels:
+        open_label_set(config, shards, progress)
+    else:
+        open_sets(config, shards, progress)
+
+
 def _tasks_of_shards(config: Config, *, with_bins: bool) -> tuple[str, ...]:
     """What tar shards are asked; `.bin` sets are only ever verified, with their own pairs."""
     tasks: tuple[str, ...] = config.eval_tasks
+    if "xmc" in tasks:
+        raise ConfigError(
+            "eval.tasks: xmc is about texts with labels, and this run's loss.name = "
+            f"{config.loss.name!r} has none"
+        )
     if texts := [task for task in tasks if task in TEXT_TASKS and config.has_centers]:
         raise ConfigError(
             f"eval.tasks: {texts[0]} needs texts, and loss.name = {config.loss.name!r} trains a "
@@ -108,9 +132,33 @@ def load_model(
 
     Raises ConfigError naming the first keys that do not fit the configuration.
     """
+    if config.has_labels:
+        return restore_text_model(weights, config, device=device)
     if config.has_centers:
         return load_faces(weights, config.model, device=device)
     return load_towers(weights, config.model, loss_name=config.loss.name, device=device)
+
+
+def build_validation(
+    config: Config,
+    model: Model,
+    ranks: Ranks,
+    *,
+    objective: Objective | None = None,  # that trains
+    checkpoint: Path | None = None,  # that is evaluated
+) -> Evaluation:
+    """The evaluation of `data.val_shards`; rows of labels that no tower embeds come from either."""
+    shards = config.data.val_shards
+    if not isinstance(model, TextModel):
+        return Validation.build(config, model, ranks, shards)
+    classifiers: Classifiers | None = None
+    if isinstance(objective, LabelObjective) and objective.rows is not None:
+        rows = objective.rows
+        classifiers = lambda _part: rows.unit_rows()  # noqa: E731
+    elif checkpoint is not None and config.labels.rows == "classifiers":
+        classifiers = partial(read_label_rows, checkpoint)
+    autocast = AUTOCAST[config.train.precision]
+    return LabelValidation.build(config, model, ranks, shards, autocast, classifiers)
 
 
 @dataclass(frozen=True)

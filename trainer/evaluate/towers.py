@@ -37,8 +37,8 @@ class Towers:
 
     Image and text towers, or one backbone for images. `flip` adds to each image's row that of its
     mirror image; `quarter_turns` lays the unit rows of an image turned by 0 to 3 quarters one after
-    the other, which makes d four times as large. ZeRO stage 3 gathers parameters in every forward pass, so a rank that has nothing
-    left embeds a row of zeros and drops the answer.
+    the other, which makes d four times as large. ZeRO stage 3 gathers parameters in every forward
+    pass, so a rank that has nothing left embeds a row of zeros and drops the answer.
     """
 
     def __init__(
@@ -95,8 +95,21 @@ class Towers:
 
     def embed_texts(self, tokens: Iterable[Tensor]) -> Tensor:  # (m, d) unit rows
         """Token rows as embeddings, at most `batch_size` at once."""
-        chunks = (chunk for rows in tokens for chunk in rows.split(self._batch_size))
+        chunks = self._in_chunks(tokens)
         return self._run(chunks, lambda rows: self._model(None, rows).texts, torch.int64)
+
+    def embed_queries(self, tokens: Iterable[Tensor]) -> Tensor:  # (n, d) unit rows
+        """The same by a text model, of queries."""
+        chunks = self._in_chunks(tokens)
+        return self._run(chunks, lambda rows: self._model(rows).queries, torch.int64)
+
+    def embed_labels(self, tokens: Iterable[Tensor]) -> Tensor:  # (m, d) unit rows
+        """The same by a text model, of label texts."""
+        chunks = self._in_chunks(tokens)
+        return self._run(chunks, lambda rows: self._model(None, rows).labels, torch.int64)
+
+    def _in_chunks(self, tokens: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (chunk.long() for rows in tokens for chunk in rows.split(self._batch_size))
 
     def embed_classes(
         self, classes: Sequence[ClassNames], templates: Sequence[str], tokenizer: Tokenizer

@@ -42,6 +42,11 @@ class Pairs(NamedTuple):
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return cls(nothing, nothing)
 
+    def of(self, chosen: Tensor) -> "Pairs":  # (n,) bool
+        """Those of the chosen queries, which are counted anew."""
+        here = chosen[self.rows]
+        return Pairs((chosen.cumsum(dim=0) - 1)[self.rows[here]], self.labels[here])
+
     def contain(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Whether (row, label), of one shape, is one of them."""
         if not len(self.rows):
@@ -159,7 +164,7 @@ class _Search:
             self._look_at_all(tile, ids, hidden)
             return
         rows, columns = places.unbind(dim=1)
-        scores = _exact(self._queries, tile, rows, columns)
+        scores = score_pairs(self._queries, tile, rows, columns)
         self._pending.append((rows, sort_keys(scores[:, None], ids[columns, None])[:, 0]))
         self._num_pending += len(rows)
         if self._num_pending > PENDING * len(self._best):
@@ -199,8 +204,13 @@ class _Search:
         return split_predictions(self._best[:, -1])[0]
 
 
-def _exact(queries: Tensor, labels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # (c,)
-    """Products of pairs of rows in float64."""
+def score_pairs(
+    queries: Tensor,  # (n, d)
+    labels: Tensor,  # (m, d)
+    rows: Tensor,  # (c,) of queries
+    columns: Tensor,  # (c,) of labels
+) -> Tensor:  # (c,) float64
+    """Scores of pairs, summed in float64."""
     step = max(1, CACHED_NUMBERS // max(1, queries.shape[1]))
     parts = [
         torch.linalg.vecdot(queries[rows[part]].double(), labels[columns[part]].double())
