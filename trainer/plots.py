@@ -68,8 +68,8 @@ class RunLog:
     def parts_of_a_step(self) -> list[str]:
         """Names of the seconds that add up to `step_s`, in the order of a step."""
         names = dict.fromkeys(name for line in self.steps for name in line)
-        rates = ("step_s", "samples_per_s")
-        return [name for name in names if name.endswith("_s") and name not in rates]
+        others = ("step_s", "samples_per_s", "plan_wait_s", "refresh_s")  # sums, or inside others
+        return [name for name in names if name.endswith("_s") and name not in others]
 
     def evaluation_names(self) -> list[str]:
         """Names of the numbers of any evaluation."""
@@ -114,6 +114,26 @@ def _draw_column(
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter())
         return _finish(axes, steps, values, from_zero=from_zero)
+
+    return draw
+
+
+def _draw_columns(names: dict[str, str], ylabel: str, *, from_zero: bool = False) -> "Draw":
+    """Lines of those numbers, by name and label, that the run has."""
+
+    def draw(axes: Axes, log: RunLog) -> bool:
+        drawn = []
+        for color, (name, label) in zip(COLORS, names.items(), strict=False):
+            steps, values = log.column(name)
+            if np.isfinite(values).any():
+                axes.plot(*_thin(steps, values), color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(*_thin(steps, smooth(values)), color=color, label=label)
+                drawn.append(values)
+        if not drawn:
+            return False
+        axes.set_ylabel(ylabel)
+        axes.legend(fontsize=7)
+        return _finish(axes, steps, np.concatenate(drawn), from_zero=from_zero)
 
     return draw
 
@@ -212,6 +232,38 @@ PLOTS: dict[str, Draw] = {
     "Where a step's time goes": _draw_times,
     "Positives and hardest negatives": _draw_cosines,
     "Cosines over the run": _draw_margins,
+    "Hardness of the negatives": _draw_columns(
+        {
+            "positive_cosine": "positive",
+            "hardest_negative": "hardest negative",
+            "top10_negatives": "10 hardest negatives",
+        },
+        "mean cosine of sampled rows",
+    ),
+    "Negatives that come close": _draw_columns(
+        {
+            "margin_violations": "rows: hardest within the margin",
+            "closer_than_positive": "rows: hardest above the positive",
+            "suspected_false_negatives": "negatives above the positive",
+            "masked_share": "masked pairs",
+            "cluster_mates": "hardest is a cluster mate",
+        },
+        "share",
+        from_zero=True,
+    ),
+    "Effective negatives": _draw_column(
+        "effective_negatives", "exp(entropy over negatives)", logarithmic=True
+    ),
+    "Age of plan and embeddings": _draw_columns(
+        {
+            "plan_age": "plan",
+            "store_age_p50": "embeddings, median",
+            "store_age_p90": "embeddings, 90 %",
+        },
+        "steps",
+        from_zero=True,
+    ),
+    "Drift of stored embeddings": _draw_column("store_drift", "1 - cosine", from_zero=True),
     "Peak memory": _draw_column("peak_memory_bytes", "GiB, first rank", unit=2**30, from_zero=True),
 }
 

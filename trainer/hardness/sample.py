@@ -97,5 +97,5 @@ def find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (w,) int64, 
     """Where each wanted value stands among distinct, rising keys, and whether it does."""
     if len(keys) == 0:
         return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
-    at = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+    at = torch.searchsorted(keys, wanted.contiguous()).clamp_(max=len(keys) - 1)
     return at, keys[at] == wanted
