@@ -20,16 +20,15 @@ _BLOCK_PAIRS = 1 << 22
 def closure(lists: LabelLists, num_labels: int, share: float) -> Iterator[tuple[int, Int32s]]:
     """(label, labels that at least `share` of the documents with it have too), label by label.
 
-    A label is always its own. Counts pairs block by block: beside 24 bytes a positive it takes the
+    A label is always its own. Counts pairs block by block: beside 30 bytes a positive it takes the
     memory of one block, or of all pairs of the commonest label if those are more.
     """
     documents = lists.transposed(num_labels)
     counts = documents.counts
-    lengths = lists.counts.astype(np.int64)
-    # Pairs that each label gives rise to: labels of all its documents.
-    pairs = np.zeros(num_labels + 1, np.int64)
-    np.cumsum(lengths[documents.ids], out=(ends := np.zeros(len(documents.ids) + 1, np.int64))[1:])
-    pairs = ends[documents.offsets]
+    lengths = lists.counts
+    ends = np.zeros(len(documents.ids) + 1, np.int64)
+    np.cumsum(lengths[documents.ids], out=ends[1:])
+    pairs = ends[documents.offsets]  # that labels before each label give rise to
     first = 0
     while first < num_labels:
         last = int(np.searchsorted(pairs, pairs[first] + _BLOCK_PAIRS, side="right")) - 1
