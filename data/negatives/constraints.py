@@ -19,7 +19,7 @@ Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _PARTNER = 39  # what a key is for
-_ROUNDS, _PATIENCE, _SEARCHED = 64, 6, 256
+_ROUNDS, _PATIENCE, _SEARCHED = 64, 6, 64
 
 
 class Rule(NamedTuple):
@@ -136,7 +136,8 @@ def keep_apart(
         if not len(bad) or idle == _PATIENCE:
             break
         keys = derive_key(seed, _PARTNER, number, bad) % np.uint64(len(layout.order))
-        idle = 0 if places.exchange(bad, keys.astype(np.int64)) else idle + 1
+        exchanged = places.exchange(bad, keys.astype(np.int64))
+        idle = 0 if 100 * exchanged > len(bad) else idle + 1
         bad = places.conflicts()
     for place in bad[:_SEARCHED].tolist():
         places.search(place)

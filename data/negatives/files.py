@@ -23,7 +23,8 @@ def save_arrays(folder: Path, name: str, arrays: Mapping[str, Array], header: An
     A folder that is there already is replaced.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.draft"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         sums = {key: _write_array(draft / f"{key}.npy", array) for key, array in arrays.items()}
