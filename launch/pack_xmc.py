@@ -9,6 +9,7 @@ from data.pack.writer import MAX_BYTES, MAX_SAMPLES, ShardLimits
 from launch.pack_commands import MaxBytes, MaxSamples, Out
 from launch.progress import shard_progress
 
+_LABEL_DOCUMENTS = ("none", "self", "closure", "implied")
 _FORMATS = ("auto", "parquet", "json", "sparse", "bag", "npz")
 
 
@@ -58,8 +59,14 @@ def xmc(  # noqa: PLR0913 - the options of a command line
     empty: Annotated[str, typer.Option(help="drop | keep documents without labels.")] = "drop",
     label_documents: Annotated[
         str,
-        typer.Option(help="none | self | closure: label texts as documents (with implied labels)."),
+        typer.Option(
+            help="Label texts as documents with labels: none | self | closure: it and those that "
+            "it implies | implied: those alone."
+        ),
     ] = "none",
+    document_columns: Annotated[
+        str, typer.Option(help="Columns that make such a document's text, if not the label's.")
+    ] = "",
     closure: Annotated[
         float, typer.Option(help="Share of a label's documents that an implied one has too.")
     ] = 0.9,
@@ -94,7 +101,8 @@ def xmc(  # noqa: PLR0913 - the options of a command line
         table=labels,
         missing_text=_choice("missing-text", missing_text, ("error", "number")),  # type: ignore[arg-type]
         empty=_choice("empty", empty, ("drop", "keep")),  # type: ignore[arg-type]
-        documents=_choice("label-documents", label_documents, ("none", "self", "closure")),  # type: ignore[arg-type]
+        documents=_choice("label-documents", label_documents, _LABEL_DOCUMENTS),  # type: ignore[arg-type]
+        document_columns=_names(document_columns),
         share=closure,
     )
     with shard_progress("packing") as progress:

@@ -410,10 +410,31 @@ def test_label_documents(tmp_path):
         assert read_label_table(done.table).num_points == 11
     assert found["self"] == [[0], [1], [2], [3]]
     assert found["closure"] == [[0, 1], [0, 1], [1, 2], [3]]
+    pack_xmc(path, tmp_path / "implied", labelling=Labelling(documents="implied"))
+    index = open_packed(tmp_path / "implied")
+    lists = index_label_lists(index)
+    assert [entry.key for entry in index.entries(range(11, 14))] == [
+        "label-0", "label-1", "label-2"
+    ], "a label that implies none makes no document"  # fmt: skip
+    assert [lists.row(row) for row in range(11, 14)] == [[1], [0], [1]]
     strict = Labelling(documents="closure", share=0.95)
     pack_xmc(path, tmp_path / "strict", labelling=strict)
     lists = index_label_lists(open_packed(tmp_path / "strict"))
     assert [lists.row(row) for row in range(11, 15)] == [[0], [1], [1, 2], [3]]
+
+
+def test_label_documents_of_their_own_columns(tmp_path):
+    rows = [{"text": "x", "labels": [0, 1]}, {"text": "y", "labels": [1]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (tmp_path / "labels.tsv").write_text("label\tlabel_text\tgloss\n0\ta\tof a\n1\tb\t\n")
+    wish = Labelling(documents="self", document_columns=("gloss",))
+    done = pack_xmc(tmp_path / "train.parquet", tmp_path / "out", labelling=wish)
+    index = open_packed(tmp_path / "out")
+    assert len(index) == 3 and member(index, 2, "txt") == "of a"
+    assert read_label_table(done.table).texts_of() == ["a", "b"]
+    wrong = Labelling(document_columns=("gloss",))
+    with pytest.raises(DataError, match="--document-columns needs --label-documents"):
+        pack_xmc(tmp_path / "train.parquet", tmp_path / "no", labelling=wrong)
 
 
 @pytest.mark.parametrize("beside", [True, False])

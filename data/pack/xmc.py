@@ -45,10 +45,13 @@ class Labelling(NamedTuple):
     """A label without a text: an error, or called by its number."""
     empty: Literal["drop", "keep"] = "drop"
     """A document without a label: left out and told, or packed."""
-    documents: Literal["none", "self", "closure"] = "none"
-    """Label texts as further training documents, with the label alone or with those it implies."""
+    documents: Literal["none", "self", "closure", "implied"] = "none"
+    """Label texts as further training documents, which have the label alone, it and those that it
+    implies, or those alone (where no document has itself as a label, as in a hierarchy)."""
+    document_columns: Sequence[str] = ()
+    """Columns that make the text of a label document; none: the label's text."""
     share: float = 0.9
-    """closure: share of a label's documents that have another one too, for it to be implied."""
+    """Of a label's documents that have another one too, for that to be implied."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def _check_wishes(labelling: Labelling, place: Path) -> None:
     """DataError for wishes that contradict each other, or the label table that is in its place."""
     if labelling.table and labelling.documents != "none":
         raise DataError("label documents belong to the training split, not beside --labels")
+    if labelling.document_columns and labelling.documents == "none":
+        raise DataError("--document-columns needs --label-documents")
     if not 0 < labelling.share <= 1:
         raise DataError(f"--closure {labelling.share:g}: a share above 0, 1 at most")
     if place.exists() and not (labelling.table and _same(place, labelling.table)):
@@ -133,6 +138,8 @@ class _Naming:
         self._by_number = by_number
         self._num_known = len(texts)
         self.notes: list[str] = []
+        self.document_texts: list[str] = []
+        """Of label documents, where those are not the labels' own."""
         if not by_number and "" in texts:
             raise DataError(
                 f"{origin}: label {texts.index('')} has no text ({texts.count(''):,} such); give "
@@ -164,6 +171,9 @@ class _Naming:
         found = read_label_texts(path, labelling.columns)
         naming = cls(found.texts, str(path), by_number=by_number)
         naming.notes += found.notes
+        if labelling.document_columns:
+            own = read_label_texts(path, labelling.document_columns).texts
+            naming.document_texts = own + [""] * (len(found.texts) - len(own))
         if 0 < source.num_labels < len(found.texts):
             raise DataError(
                 f"{path} has {len(found.texts):,} labels, and the header of {source.path} says "
@@ -265,17 +275,19 @@ class _Intake:
 
     def _labels_as_documents(self) -> Iterator[tuple[str, dict[str, Any]]]:
         texts, known = self.naming.named()
+        wish = self.labelling.documents
         implied: Iterator[tuple[int, Sequence[int]]] = ((i, (i,)) for i in range(len(texts)))
-        if self.labelling.documents == "closure":
+        if wish != "self":
             offsets = np.zeros(len(self._counts) + 1, np.int64)
             np.cumsum(self._counts, out=offsets[1:])
             lists = LabelLists(offsets, np.array(self._ids, np.int32))
             implied = (
-                (label, labels.tolist())
+                (label, labels[labels != label].tolist() if wish == "implied" else labels.tolist())
                 for label, labels in closure(lists, len(texts), self.labelling.share)
             )
+        texts = self.naming.document_texts or texts
         for label, labels in implied:
-            if known[label]:
+            if known[label] and labels and texts[label]:
                 self._label_documents += 1
                 yield f"label-{label}", self._parts(texts[label], labels)
 
