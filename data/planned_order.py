@@ -52,7 +52,7 @@ class PlannedOrder:
         self.folder = Path()
         """Of the plans."""
         self.segments: tuple[Segment, ...] = (Segment(0, ENDLESS),)
-        self._plans: OrderedDict[tuple[str, str], Int64s] = OrderedDict()
+        self._plans: OrderedDict[tuple[str, str], BatchPlan] = OrderedDict()
 
     @property
     def end(self) -> int:
@@ -100,7 +100,7 @@ class PlannedOrder:
                 continue
             if part.plan:
                 places = positions[mine] - (part.start - part.offset)
-                ids[mine] = self.plan(part)[places]
+                ids[mine] = self.plan(part).order[places]
             else:
                 ids[mine] = self.order.ids(positions[mine], batch_of)[1]
         return positions // self.num_samples, ids
@@ -121,8 +121,24 @@ class PlannedOrder:
             return Head()
         return Head(stop - position, self.ids(np.arange(start, position), batch_of)[1])
 
-    def plan(self, segment: Segment) -> Int64s:
-        """Sample at each place of a segment's plan."""
+    def clusters_of(
+        self,
+        positions: Int64s,  # (n,)
+    ) -> Int64s:  # (n,)
+        """Where the cluster that each position is of begins, -1 in the plain order."""
+        numbers = np.full(len(positions), -1, np.int64)
+        if not len(positions):
+            return numbers
+        for part in self.between(int(positions.min()), int(positions.max()) + 1):
+            mine = (positions >= part.start) & (positions < part.stop)
+            if part.plan:
+                first, plan = part.start - part.offset, self.plan(part)
+                clusters = plan.clusters_at(positions[mine] - first)
+                numbers[mine] = first + plan.bounds[clusters]
+        return numbers
+
+    def plan(self, segment: Segment) -> BatchPlan:
+        """The plan of a segment; its arrays stay in the file."""
         key = (segment.plan, segment.sha256)
         if key not in self._plans:
             if len(self._plans) >= _OPEN_PLANS:
@@ -131,14 +147,13 @@ class PlannedOrder:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    def _open(self, segment: Segment, *, verify: bool = False) -> Int64s:
-        plan = BatchPlan.load(
+    def _open(self, segment: Segment, *, verify: bool = False) -> BatchPlan:
+        return BatchPlan.load(
             self.folder / segment.plan, self.fingerprint, segment.sha256, verify=verify
         )
-        return plan.order
 
     def _check(self, segment: Segment) -> None:
-        places = len(self._open(segment, verify=True)) - segment.offset
+        places = len(self._open(segment, verify=True).order) - segment.offset
         epoch_end = (segment.start // self.num_samples + 1) * self.num_samples
         if places != epoch_end - segment.start or segment.stop > epoch_end:
             raise DataError(

@@ -1,30 +1,369 @@
 """Planning while training: whole small runs, killed and resumed, on one rank and on more."""
 
+import itertools
 import json
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
+from tiny_faces import face_config
 from tiny_runs import read_losses, read_samples, tiny_config, train_rank
 
-STEPS = 14
-PLANNED = {"data": {"batching": "planned"}, "train": {"duration": f"{STEPS} steps"}}
+from data.errors import DataError
+from data.negatives.plan import BatchPlan, load_header
+from data.negatives.store import EmbeddingStore
+from trainer.config import ConfigError
+from trainer.durable import write_file
+from trainer.planning.background import Job
+from trainer.planning.rows import Projection, gather_by_id
+from trainer.planning.stored import restore_store, store_files
+from trainer.ranks import Ranks
+
+STEPS, SAMPLES, BATCH = 14, 60, 16
+# Epochs end inside the batches of steps 4, 8 and 12; plans begin there and at steps 7 and 11.
+NEGATIVES = {"refresh": "2 steps", "lead": "1 steps", "refresh_pass": True, "cluster_size": 4}
+SECTIONS = {
+    "data": {"batching": "planned"},
+    "train": {"duration": f"{STEPS} steps"},
+    "checkpoint": {"every": "3 steps"},
+    "eval": {"batch_size": 8},
+}
 
 
-def planned_config(folder: Path, negatives: dict, **sections: dict):
-    """60 samples, 16 a batch: epochs end inside batches 3, 7 and 11."""
-    sections = {name: {**PLANNED.get(name, {}), **sections.get(name, {})} for name in {*PLANNED, *sections}}
-    return tiny_config(folder, negatives=negatives, **sections)
+def planned_config(folder: Path, negatives: dict, make=tiny_config, **sections: dict):
+    """60 samples, 16 a batch."""
+    names = {*SECTIONS, *sections}
+    merged = {name: {**SECTIONS.get(name, {}), **sections.get(name, {})} for name in names}
+    return make(folder, negatives=negatives, **merged)
 
 
-def run(folder: Path, name: str, world_size: int, negatives: dict, **sections: dict) -> Path:
-    run_ranks(world_size, train_rank, planned_config(folder, negatives, **sections), str(folder / name))
-    return folder / name
+def planned_rank(group, config, run: str, fault: str = "") -> bool:
+    """Train as one rank. fault: "step 5", "plan 1", "save 1", "refresh 1" die by SIGKILL there;
+    "slow" takes its time for each plan.
+    """
+    from trainer.planning import maker, refresh
+
+    kind, _, number = fault.partition(" ")
+    calls = 0
+
+    def die(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == int(number) + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kind in ("plan", "slow"):
+        make_plan = maker.make_plan
+
+        def make(*arguments, **options):
+            time.sleep(0.5)
+            if kind == "plan":
+                die()
+            return make_plan(*arguments, **options)
+
+        maker.make_plan = make
+    if kind == "save":  # all is written, nothing has its name yet
+        from data.negatives import files
+
+        flush = files.flush_folder
+        files.flush_folder = lambda path: die() if ".draft" in path.name else flush(path)
+    if kind == "refresh":
+        gather = refresh.gather_by_id
+        refresh.gather_by_id = lambda *arguments: (die(), gather(*arguments))[1]
+    return train_rank(group, config, run, int(number) if kind == "step" else 0)
 
 
-def test_epochs(tmp_path):
-    path = run(tmp_path, "one", 1, {"start_epoch": 1})
-    keys = [key for step in range(1, STEPS + 1) for key in read_samples(path)[step]]
-    for epoch in range(3):
-        assert len(set(keys[epoch * 60 : (epoch + 1) * 60])) == 60
-    assert all(len(set(b)) == 16 for b in read_samples(path).values())
+def check_epochs(run: Path, num_samples: int = SAMPLES, batch: int = BATCH) -> None:
+    """Every epoch holds each sample once, no batch one twice."""
+    samples = read_samples(run)
+    keys = [key for step in sorted(samples) for key in samples[step]]
+    for start in range(0, len(keys) - num_samples + 1, num_samples):
+        assert len(set(keys[start : start + num_samples])) == num_samples
+    assert all(len(set(one)) == batch for one in samples.values())
+
+
+def read_lines(run: Path) -> dict[int, dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def segments_of(run: Path) -> list[list]:
+    newest = max((run / "checkpoints").glob("step-*"))
+    return json.loads((newest / "state.json").read_text())["planning"]["segments"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two ranks that was never stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    run = folder / "whole"
+    run_ranks(2, planned_rank, planned_config(folder, NEGATIVES), str(run))
+    return run
+
+
+def test_plans_begin_where_they_are_meant_to(whole):
+    check_epochs(whole)
+    table = segments_of(whole)
+    assert [(start, stop) for start, stop, *_ in table] == [
+        (0, 60), (60, 96), (96, 120), (120, 160), (160, 180), (180, 240)
+    ]  # fmt: skip
+    assert [plan for _, _, plan, *_ in table] == ["", *(f"plan-{n:06d}" for n in range(5))]
+    headers = [load_header(whole / "plans" / plan) for _, _, plan, *_ in table[1:]]
+    assert [header.asked_step for header in headers] == [2, 5, 6, 9, 10]
+    assert [header.num_samples for header in headers] == [60, 24, 60, 20, 60]
+    assert [header.num_unseen for header in headers] == [0] * 5
+    assert all(header.num_clusters > 0 for header in headers)
+
+
+def test_the_numbers_of_planning_are_in_the_metrics(whole):
+    lines = read_lines(whole)
+    assert lines[3]["plan_version"] == -1 and "plan_age" not in lines[3]
+    assert lines[2]["store_fill"] == 1.0 and lines[2]["refresh_s"] > 0
+    assert [lines[step]["plan_version"] for step in (4, 6, 7, 8, 12)] == [0, 0, 1, 2, 4]
+    assert lines[6]["plan_age"] == 4 and lines[6]["plan_lag"] == 1
+    assert 0 <= lines[14]["store_age_p50"] <= lines[14]["store_age_p90"] <= 14
+    assert 0 < lines[14]["store_drift"] < 1 and lines[14]["plan_wait_s"] >= 0
+    assert any("plan_make_s" in line for line in lines.values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "then"), [("plan 2", 2), ("save 3", 1), ("refresh 13", 2), ("step 8", 1)]
+)
+def test_a_killed_run_has_the_same_batches(whole, tmp_path, fault, then):
+    config = planned_config(whole.parent, NEGATIVES)
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match=r"exit code|rror"):
+        run_ranks(2, planned_rank, config, str(run), fault)
+    assert max(read_losses(run)) < STEPS
+    made = {path.name for path in (run / "plans").glob("plan-*")}
+    assert run_ranks(then, planned_rank, config, str(run)) == [True] * then
+    check_epochs(run)
+    expected, found = read_samples(whole), read_samples(run)
+    if then == 2:
+        assert found == expected
+        assert read_losses(run) == read_losses(whole)
+        return
+    known = max(stop for _, stop, plan, *_ in segments_of(run) if plan in made | {""})
+    assert known // BATCH > 3
+    for step in range(1, known // BATCH + 1):  # later plans follow from rounded embeddings
+        assert found[step] == expected[step], f"step {step}"
+
+
+def test_without_a_refresh_pass_the_store_is_what_training_wrote(tmp_path):
+    config = planned_config(tmp_path, {"refresh": "1 epochs"}, checkpoint={"every": "4 steps"})
+    run = tmp_path / "run"
+    run_ranks(2, planned_rank, config, str(run))
+    check_epochs(run)
+    headers = [load_header(path) for path in sorted((run / "plans").iterdir())]
+    assert [header.asked_step for header in headers] == [2, 6, 10]
+    assert headers[0].num_unseen == SAMPLES - 2 * BATCH and headers[1].num_unseen == 0
+    store = EmbeddingStore.open(run / "store")
+    newest = max((run / "checkpoints").glob("step-*"))
+    again = EmbeddingStore.create(tmp_path / "again", SAMPLES, 16, fingerprint=store.fingerprint)
+    restore_store(again, newest)
+    assert np.array_equal(again.read(slice(None)), store.read(slice(None)))
+    assert np.array_equal(again.steps, store.steps) and again.steps.max() == STEPS
+    # A run that is killed before the first plan begins goes on with the same store.
+    with pytest.raises(AssertionError):
+        run_ranks(2, planned_rank, config, str(tmp_path / "killed"), "step 5")
+    shutil.rmtree(tmp_path / "killed" / "plans")  # all plans but those the checkpoint names
+    shutil.copytree(run / "plans" / "plan-000000", tmp_path / "killed" / "plans" / "plan-000000")
+    run_ranks(2, planned_rank, config, str(tmp_path / "killed"))
+    assert read_samples(tmp_path / "killed") == read_samples(run)
+
+
+def test_an_epoch_between_two_plans_shuffles_the_clusters(tmp_path):
+    negatives = {"refresh": "2 epochs", "start_epoch": 0, "cluster_size": 2}
+    run = tmp_path / "run"
+    config = planned_config(tmp_path, negatives, train={"duration": "12 steps"})
+    run_ranks(1, planned_rank, config, str(run))
+    check_epochs(run)
+    plans = [BatchPlan.load(run / "plans" / f"plan-{n:06d}") for n in range(4)]
+    assert plans[0].header.num_unseen == 0  # the first batch is planned: a pass came before it
+    clusters = [
+        {frozenset(part.tolist()) for part in np.split(plan.order, plan.bounds[1:-1])}
+        for plan in plans
+    ]
+    assert len(clusters[0] & clusters[1]) > 20 > len(clusters[0] & clusters[2])
+    assert not np.array_equal(plans[0].order, plans[1].order)
+    line = read_lines(run)[12]
+    assert line["plan_version"] == 2 and line["plan_lag"] == 1
+
+
+def test_a_late_plan_is_not_waited_for_if_not_strict(tmp_path):
+    negatives = {"refresh": "3 steps", "lead": "1 steps", "strict": False, "start_epoch": 1}
+    sections = {"train": {"duration": "40 steps"}, "checkpoint": {"every": "20 steps"}}
+    config = planned_config(tmp_path, negatives, **sections)
+    run = tmp_path / "run"
+    run_ranks(2, planned_rank, config, str(run), "slow")
+    check_epochs(run)
+    table = segments_of(run)
+    plans = [row[2] for row in table]
+    assert "" in plans[1:] or any(a == b for a, b in itertools.pairwise(plans))
+    assert any("-from-" in plan for plan in plans), plans
+    starts = [row[0] for row in table]
+    assert all(start % BATCH == 0 or start % SAMPLES == 0 for start in starts)
+    again = tmp_path / "again"  # the checkpoint replays its decisions, whenever plans come
+    shutil.copytree(run, again)
+    shutil.rmtree(max((again / "checkpoints").glob("step-*")))
+    run_ranks(1, planned_rank, config, str(again))
+    check_epochs(again)
+    known = json.loads((again / "checkpoints/step-00000020/state.json").read_text())["planning"][
+        "segments"
+    ]
+    assert segments_of(again)[: len(known)] == known
+    expected, found = read_samples(run), read_samples(again)
+    for step in range(1, known[-1][1] // BATCH + 1):
+        assert found[step] == expected[step]
+
+
+def test_faces_and_a_random_planner(tmp_path):
+    for name, negatives in {
+        "identities": {"planner": "identities", "side": "images", "start_epoch": 1},
+        "random": {"planner": "random"},
+    }.items():
+        config = planned_config(tmp_path, negatives, face_config)
+        run_ranks(2, planned_rank, config, str(tmp_path / name))
+        check_epochs(tmp_path / name, 66)
+    assert not (tmp_path / "random" / "plans").exists()
+    plain = planned_config(tmp_path, {}, face_config, data={"batching": "plain"})
+    run_ranks(1, planned_rank, plain, str(tmp_path / "plain"))
+    assert read_samples(tmp_path / "plain") == read_samples(tmp_path / "random")
+
+
+def refused_rank(group, config, run: str) -> str:
+    try:
+        train_rank(group, config, run)
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return ""
+
+
+BAD = {
+    "side": ({"side": "labels"}, "negatives.side = 'labels': a run with loss.name = 'clip' has"),
+    "refresh": ({"refresh": "often"}, "negatives.refresh: 'often' is not a duration"),
+    "lead": ({"lead": "3 minutes"}, "negatives.lead = '3 minutes': write steps"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sections_are_one_clear_error(tmp_path, case):
+    negatives, said = BAD[case]
+    (told,) = run_ranks(1, refused_rank, planned_config(tmp_path, negatives), str(tmp_path / "run"))
+    assert said in told
+
+
+def test_damaged_plans_and_stores_are_one_clear_error(whole, tmp_path):
+    config = planned_config(whole.parent, NEGATIVES)
+
+    def resume(damage) -> str:
+        run = tmp_path / f"run-{damage.__name__}"
+        shutil.copytree(whole, run)
+        newest = max((run / "checkpoints").glob("step-*"))
+        shutil.rmtree(newest)  # so that there are steps to go
+        damage(run, max((run / "checkpoints").glob("step-*")))
+        (told,) = run_ranks(1, refused_rank, config, str(run))
+        return told
+
+    def tear_plan(run: Path, _: Path) -> None:
+        path = run / "plans" / "plan-000004" / "order.npy"
+        path.write_bytes(path.read_bytes()[:-8])
+
+    def lose_plan(run: Path, _: Path) -> None:
+        shutil.rmtree(run / "plans" / "plan-000004")
+
+    def swap_plan(run: Path, _: Path) -> None:
+        shutil.rmtree(run / "plans" / "plan-000004")
+        shutil.copytree(run / "plans" / "plan-000002", run / "plans" / "plan-000004")
+
+    def other_store(_: Path, checkpoint: Path) -> None:
+        replace_layout(checkpoint, fingerprint="0" * 32)
+
+    def cut_store(_: Path, checkpoint: Path) -> None:
+        part = checkpoint / "negatives" / "part-00000.safetensors"
+        part.write_bytes(part.read_bytes()[:-10])
+
+    assert "plan-000004" in resume(tear_plan)
+    assert "plan-000004: no plan.json" in resume(lose_plan)
+    assert "plan-000004: holds the plan" in resume(swap_plan)
+    assert "its embeddings are of another run (fingerprint" in resume(other_store)
+    assert resume(cut_store) == ""  # the checkpoint before it is whole, and is taken
+
+
+def replace_layout(checkpoint: Path, **changes) -> None:
+    path = checkpoint / "negatives" / "layout.json"
+    layout = {**json.loads(path.read_text()), **changes}
+    size, digest = write_file(path, layout)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["negatives/layout.json"] = (size, digest)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def gathered(group, num_rows: int) -> tuple | None:
+    """Rows that are made from their id, dealt out in turn; the sample 3 comes twice."""
+    ids = torch.arange(num_rows) % max(1, num_rows - 2) + 3
+    mine = ids[group.rank() :: group.size()]
+    rows = (mine[:, None] * torch.tensor([1.0, -2.0, 0.5]) / 64).half()
+    counts = [len(range(rank, num_rows, group.size())) for rank in range(group.size())]
+    return gather_by_id(rows, mine, counts, Ranks(group, group.rank(), group.size()))
+
+
+@pytest.mark.parametrize(("world_size", "num_rows"), [(1, 7), (2, 7), (3, 8), (3, 2)])
+def test_rows_of_all_ranks_reach_the_first(world_size, num_rows):
+    first, *others = run_ranks(world_size, gathered, num_rows)
+    assert others == [None] * (world_size - 1)
+    ids, rows = first
+    assert ids.tolist() == sorted({n % max(1, num_rows - 2) + 3 for n in range(num_rows)})
+    assert np.allclose(rows, ids[:, None] * np.array([1.0, -2.0, 0.5]) / 64, atol=1e-3)
+
+
+def test_wide_rows_are_projected_by_the_seed_alone():
+    rows = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    here = torch.device("cpu")
+    narrow = Projection(96, 32, seed=1, device=here)(rows)
+    assert narrow.shape == (40, 32) and narrow.dtype == torch.float16
+    assert torch.allclose(narrow.float().norm(dim=1), torch.ones(40), atol=1e-3)
+    assert torch.equal(narrow, Projection(96, 32, seed=1, device=here)(rows * 3))
+    assert not torch.equal(narrow, Projection(96, 32, seed=2, device=here)(rows))
+    assert Projection(16, 64, seed=1, device=here).dim == 16
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_store_comes_back_bit_for_bit(tmp_path, later, monkeypatch):
+    monkeypatch.setattr("trainer.planning.stored._PART_ROWS", 7)
+    monkeypatch.setattr("trainer.planning.stored._PIECE_ROWS", 3)
+    store = EmbeddingStore.create(tmp_path / "store", 20, 5, fingerprint="x")
+    rng = np.random.default_rng(0)
+    store.write(rng.permutation(20)[:13], rng.normal(size=(13, 5)).astype(np.float32), 4)
+    files = store_files(store, later=later)
+    rows, steps = store.part(0, 20)
+    if later:  # what training writes meanwhile is not in it
+        store.write(np.arange(20), np.ones((20, 5), np.float32), 5)
+    for name, content in files.items():
+        write_file(tmp_path / "saved" / name, content)
+    other = EmbeddingStore.create(tmp_path / "other", 20, 5, fingerprint="x")
+    restore_store(other, tmp_path / "saved")
+    assert np.array_equal(other.part(0, 20)[0], rows) and np.array_equal(other.steps, steps)
+    wide = EmbeddingStore.create(tmp_path / "wide", 20, 6, fingerprint="x")
+    with pytest.raises(ConfigError, match=r"dim = 5, this run has 6"):
+        restore_store(wide, tmp_path / "saved")
+    with pytest.raises(ConfigError, match="holds no embedding store"):
+        restore_store(wide, tmp_path)
+
+
+def test_a_job_that_fails_says_why():
+    def fail() -> int:
+        raise DataError("embeddings of samples 3, 4 are not finite")
+
+    job = Job(fail)
+    with pytest.raises(DataError, match="could not be made: embeddings of samples 3, 4"):
+        job.result()
+    slow = Job(lambda: time.sleep(0.3) or 5)
+    assert not slow.is_done() and slow.is_done(10.0)
+    assert slow.result() == 5 and slow.seconds >= 0.3

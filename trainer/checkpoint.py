@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,8 +55,9 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_row: int = 0
     engine: dict[str, float] = field(default_factory=dict)
-    segments: Sequence[Sequence[Any]] = ()
-    """Planned batches: the order so far and to come, `data.planned_order.Segment`s."""
+    planning: dict[str, Any] = field(default_factory=dict)
+    """Planned batches: the order so far and to come (`data.planned_order.Segment`s), and what the
+    controller has counted."""
 
 
 class CheckpointFolder:

@@ -209,9 +209,11 @@ class Loop:
             "bad_samples": state.bad_samples,
             "skipped_steps": state.skipped_steps,
             **self.objective.numbers(output.outputs),
-            **(self.planning.numbers(state.step) if self.planning is not None else {}),
             **seconds,
         }
+        if self.planning is not None:
+            self.planning.observe(state.step, values)
+            values |= self.planning.numbers(state.step)
         self.writer.write_step(state.step, state.samples_seen, values)
         num_lines = state.step // self.plan.log_every
         if num_lines % COSINES_EVERY_LINES == 1 or state.step == self.plan.total_steps:
@@ -248,7 +250,7 @@ class Loop:
         if self.planning is not None:
             self.planning.before_save(state.step)
             files |= self.planning.files()
-            state = replace(state, segments=self.planning.segments)
+            state = replace(state, planning=self.planning.state())
         averages = self.average.whole() if self.average is not None else None
         if self.ranks.is_first:
             if averages is not None:

@@ -25,6 +25,7 @@ from trainer.metrics import MetricsWriter, StepClock
 from trainer.models.batch_norm import make_batch_norm_global
 from trainer.objectives import Model, Objective, build_model, build_objective
 from trainer.optim import build_optimizer, parameter_groups
+from trainer.planning import Planning, clusters_of
 from trainer.ranks import Ranks
 from trainer.run import check_config, log_to_file, open_run
 from trainer.samples import check_fit, load_samples
@@ -72,7 +73,15 @@ def train(
     )
     found = checkpoints.newest()
     model, engine, average, state = _restore(config, ranks, found, samples)
-    objective = build_objective(config, model, engine, samples, ranks, checkpoint=found)
+    objective = build_objective(
+        config,
+        model,
+        engine,
+        samples,
+        ranks,
+        checkpoint=found,
+        clusters_of=clusters_of(samples.planned),
+    )
     if found is not None:
         objective.load(found)
     clock = StepClock(ranks.device)
@@ -93,6 +102,7 @@ def train(
         validation=_build_validation(config, model, objective, ranks),
         epoch_samples=samples.epoch_samples,
         clock=clock,
+        planning=_build_planning(config, run, samples, model, ranks, found, state, plan),
     )
     try:
         return loop.run(loader, state, stop).step == plan.total_steps
@@ -154,17 +164,46 @@ def _build_loader(config: Config, model: Model, samples: SampleSet, ranks: Ranks
     )
 
 
+def _build_planning(
+    config: Config,
+    run: Path,
+    samples: SampleSet,
+    model: Model,
+    ranks: Ranks,
+    found: Path | None,
+    state: TrainState,
+    plan: Plan,
+) -> Planning | None:
+    if samples.planned is None:
+        return None
+    planning = Planning(
+        config,
+        run,
+        samples,
+        samples.planned,
+        model,
+        ranks,
+        total_steps=plan.total_steps,
+        autocast=AUTOCAST[config.train.precision],
+    )
+    planning.load(found, state.planning, state.samples_seen)
+    return planning
+
+
 def _build_stepper(
     config: Config, engine: Engine, objective: Objective, ranks: Ranks, clock: StepClock
 ) -> Stepper:
-    rows = -(-config.train.global_batch_size // ranks.world_size)  # of the rank that has most
-    chunk_size = config.train.chunk_size or rows
-    fewest = config.train.global_batch_size // ranks.world_size
+    batch = config.train.global_batch_size
+    rows = -(-batch // ranks.world_size)  # of the rank that has most
+    longest = objective.most_rows(rows)
+    num_chunks = -(-longest // (config.train.chunk_size or longest))
+    if longest == rows:  # a chunk without samples is nothing to a batch norm
+        num_chunks = min(num_chunks, batch // ranks.world_size)
     return Stepper(
         engine=engine,
         objective=objective,
         seed=config.train.seed,
-        num_chunks=min(-(-rows // chunk_size), fewest),
+        num_chunks=num_chunks,
         device=ranks.device,
         autocast_dtype=AUTOCAST[config.train.precision],
         clock=clock,

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import NegativesConfig
-from data.dataset import SampleSet
 from data.errors import DataError
 from data.negatives.columns import SampleColumns
 from data.negatives.plan import BatchPlan, Head, PlanHeader, make_plan
@@ -72,11 +71,17 @@ class PlanMaker:
             and plan.header.seed == self.seed
             and plan.header.batch_size == self.batch_size
             and plan.header.lead == lead
-            and plan.header.knobs == request.knobs.model_dump(mode="json")
+            and self._knobs_agree(plan.header, request)
             and np.array_equal(np.sort(plan.order), request.ids)
             and not np.isin(plan.order[:lead], request.head.avoid).any()
         )
         return plan.header if same else None
+
+    def _knobs_agree(self, header: PlanHeader, request: Request) -> bool:
+        """The controller's decision may have fallen otherwise at another world size: it is kept."""
+        free = {"cluster_size"} if request.knobs.controller else set()
+        wanted = request.knobs.model_dump(mode="json", exclude=free)
+        return {key: value for key, value in header.knobs.items() if key not in free} == wanted
 
     def make(self, request: Request, snapshot: Snapshot | None) -> PlanHeader:
         """Find the plan or make and store it."""
@@ -106,16 +111,3 @@ class PlanMaker:
                 columns=self.columns,
             )
         return plan.save(self.folder / request.name).header
-
-
-def read_columns(samples: SampleSet, config: NegativesConfig) -> SampleColumns:
-    """What the planner of `config` knows of the samples beside their embeddings."""
-    (index,) = samples.indexes
-    by_label = "label" in config.unique or config.planner == "identities"
-    return SampleColumns(
-        fingerprint=samples.fingerprint,
-        num_samples=samples.num_samples,
-        labels=index.labels if by_label else None,
-        captions=index.column("caption") if "caption" in config.unique else None,
-        shards=np.repeat(np.arange(len(index.counts)), index.counts) if config.locality else None,
-    )

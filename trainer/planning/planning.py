@@ -1,6 +1,6 @@
 """Planning while training: what a run with planned batches does after each step.
 
-Embeddings of the step go to the store (`rows.py`). When a plan is asked for (`schedule.py`), rank 0
+Embeddings of the step go to the store (`feed.py`). When a plan is asked for (`schedule.py`), rank 0
 takes a copy of the store and makes the plan beside training (`background.py`, `maker.py`). On all
 ranks at once it becomes part of the order (`data/planned_order.py`), before the loader needs it: a
 batch of a plan that is not there yet is never asked for. Which decision fell where is in the table
@@ -10,39 +10,34 @@ plan under way. So a run that goes on from a checkpoint has the same batches, of
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from data.config import NegativesConfig
 from data.dataset import SampleSet
 from data.errors import DataError
 from data.loader import Batch
+from data.negatives.columns import load_columns
 from data.negatives.plan import BatchPlan, PlanHeader, grown_cluster_size
-from data.negatives.store import EmbeddingStore, Snapshot
 from data.order import equal_batches
 from data.planned_order import ENDLESS, PlannedOrder, Segment
-from trainer.buffers import average_buffers
-from trainer.config import Config
+from trainer.config import Config, ConfigError
+from trainer.hardness import ClustersOf, Control, decide
 from trainer.objectives import Model
 from trainer.planning.background import Job
-from trainer.planning.maker import PlanMaker, Request, read_columns
-from trainer.planning.refresh import RefreshPass
-from trainer.planning.rows import Projection, Side, gather_by_id
+from trainer.planning.feed import Feed
+from trainer.planning.maker import PlanMaker, Request
 from trainer.planning.schedule import Schedule, Switch
-from trainer.planning.stored import restore_store, store_files
 from trainer.ranks import Ranks
 from trainer.step import StepOutput
 
 _POLL_S = 10.0  # that the other ranks wait for one word of the first
 _VISIBLE_S = 60.0  # after which a folder that rank 0 wrote must be seen by every node
-_COPY_BYTES = 1 << 31  # a snapshot above it is a file
-_AGES = 1 << 16  # rows whose ages are looked at
 
 logger = logging.getLogger("nsphere.planning")
 
@@ -63,13 +58,13 @@ class Planning:
         autocast: torch.dtype | None,
     ) -> None:
         """Raises ConfigError for durations and sides that cannot be."""
-        self._config, self._ranks, self._model = config, ranks, model
+        self._config, self._ranks = config, ranks
         self._negatives: NegativesConfig = config.negatives
         self._samples, self._planned = samples, planned
         self._batch_size = config.train.global_batch_size
         self._batch_of = equal_batches(self._batch_size)
         self._total = total_steps * self._batch_size
-        self._folder, self._store_folder = run / "plans", run / "store"
+        self._folder = run / "plans"
         self._schedule = Schedule.build(
             config.negatives,
             batch_size=self._batch_size,
@@ -77,53 +72,53 @@ class Planning:
             total_steps=total_steps,
         )
         self._lookahead = config.data.workers * config.data.prefetch + 1
-        self._side = Side(config)
-        dim, seed = config.negatives.dim, config.train.seed
-        self._projection = Projection(model.embed_dim, dim, seed=seed, device=ranks.device)
-        self._refresh = RefreshPass(
-            config, samples, model, ranks,
-            side=self._side, projection=self._projection, autocast=autocast,
-        )  # fmt: skip
-        self._store: EmbeddingStore | None = None  # with rank 0
+        self._feed = Feed(config, run / "store", samples, model, ranks, autocast=autocast)
         self._maker: PlanMaker | None = None
         self._job: Job[PlanHeader] | None = None
         self._under_way: Switch | None = None
+        self._control: Control | None = None
+        if config.negatives.controller:
+            if config.negatives.grow_at:
+                raise ConfigError(
+                    "negatives.controller and negatives.grow_at both set the cluster size: leave "
+                    "one out"
+                )
+            self._control = Control(config.negatives.cluster_size)
         self._numbers: dict[str, float] = {}
         self._wait_s = 0.0
-        self._drifts: list[float] = []
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """For the checkpoint."""
-        return self._planned.segments
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the files: plain values, equal on all ranks."""
+        control = {} if self._control is None else self._control.to_json()
+        return {"segments": self._planned.segments, "control": control}
 
-    def load(
-        self, checkpoint: Path | None, segments: Sequence[Sequence[Any]], position: int
-    ) -> None:
+    def load(self, checkpoint: Path | None, state: Mapping[str, Any], position: int) -> None:
         """Take over what a checkpoint has; None: begin.
 
         Raises DataError and ConfigError for plans and a store that are damaged or of other data.
         """
         first = self._schedule.first if self._schedule.switches else ENDLESS
-        start = [Segment(0, first)] if first else []
-        table = [Segment(*segment) for segment in segments] if checkpoint is not None else start
+        table = [Segment(0, first)] if first else []
+        if checkpoint is not None:
+            table = [Segment(*segment) for segment in state["segments"]]
+            if self._control is not None:
+                self._control = Control.from_json(state["control"])
         self._planned.start(self._folder, table, position=position)
-        if not self._ranks.is_first or not self._schedule.switches:
+        if not self._schedule.switches:
+            return
+        self._feed.load(checkpoint)
+        if not self._ranks.is_first:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._store = EmbeddingStore.create(
-            self._store_folder,
-            self._samples.num_samples,
-            self._projection.dim,
-            fingerprint=self._samples.fingerprint,
-        )
-        if checkpoint is not None:
-            restore_store(self._store, checkpoint)
         self._maker = PlanMaker(
             self._folder,
             self._config.train.seed,
             self._batch_size,
-            read_columns(self._samples, self._negatives),
+            load_columns(
+                self._samples,
+                self._negatives,
+                images_per_identity=self._config.data.images_per_identity,
+            ),
             self._samples.fingerprint,
         )
 
@@ -132,23 +127,10 @@ class Planning:
         self._advance(module, step)
 
     def after_step(self, module: nn.Module, step: int, batch: Batch, output: StepOutput) -> None:
-        """`step` steps are done, the last of this batch; a step that was skipped writes nothing."""
-        if not self._schedule.switches:
-            return
-        if output.result.applied:
-            rows = self._side.rows(output.outputs)
-            if len(rows) != len(batch.ids):
-                raise DataError(
-                    f"negatives.side = {self._negatives.side!r}: {len(rows)} embeddings for "
-                    f"{len(batch.ids)} samples: plan by another side"
-                )
-            size, world_size = self._batch_size, self._ranks.world_size
-            counts = [len(range(rank, size, world_size)) for rank in range(world_size)]
-            found = gather_by_id(self._projection(rows), batch.ids, counts, self._ranks)
-            if found is not None and self._store is not None:
-                self._drifts.append(self._store.drift(*found))
-                self._store.write(*found, step)
-        self._advance(module, step)
+        """`step` steps are done, the last of this batch."""
+        if self._schedule.switches:
+            self._feed.write_step(step, batch, output)
+            self._advance(module, step)
 
     def before_save(self, step: int) -> None:
         """Wait for the plan under way, so that the checkpoint knows it."""
@@ -156,32 +138,39 @@ class Planning:
 
     def files(self) -> dict[str, Any]:
         """This rank's files of a checkpoint."""
-        if self._store is None:
-            return {}
-        return store_files(self._store, later=self._config.checkpoint.background)
+        return self._feed.files()
+
+    def observe(self, step: int, numbers: Mapping[str, float]) -> None:
+        """How hard a logged step was, for the controller; equal numbers on all ranks."""
+        if self._control is not None:
+            segment = self._segment_of(step)
+            size = self._cluster_size(segment) if segment.plan else 1
+            self._control = self._control.observe(numbers, size)
+
+    def _segment_of(self, step: int) -> Segment:
+        """That the last sample of the `step`-th batch is of."""
+        position = step * self._batch_size - 1
+        return self._planned.between(position, position + 1)[0]
+
+    def _cluster_size(self, segment: Segment) -> int:
+        return int(self._planned.plan(segment).header.knobs["cluster_size"])
 
     def numbers(self, step: int) -> dict[str, float]:
-        """For people, on rank 0; means and sums since the last call."""
-        if self._store is None:
+        """For people, on rank 0, of a step that is done; means and sums since the last call."""
+        if self._maker is None:
             return {}
-        position = min(step * self._batch_size, self._planned.end) - 1
-        segment = self._planned.between(max(0, position), max(0, position) + 1)[0]
-        seen = self._store.steps[:: -(-self._store.num_rows // _AGES)]
-        ages = step - seen[seen >= 0].astype(np.int64)
-        drifts = [drift for drift in self._drifts if drift == drift]
+        segment = self._segment_of(step)
         numbers = {
             "plan_version": segment.version,
             "plan_wait_s": self._wait_s,
-            "store_fill": self._store.fill,
-            "store_drift": float(np.mean(drifts)) if drifts else 0.0,
+            **self._feed.numbers(step),
             **self._numbers,
         }
-        if len(ages):
-            numbers |= {f"store_age_p{p}": float(np.percentile(ages, p)) for p in (50, 90)}
         if segment.plan:
+            numbers["cluster_size"] = self._cluster_size(segment)
             numbers["plan_age"] = step - segment.asked_step
             numbers["plan_lag"] = segment.start // self._batch_size - segment.asked_step
-        self._wait_s, self._drifts, self._numbers = 0.0, [], {}
+        self._wait_s, self._numbers = 0.0, {}
         return numbers
 
     def _advance(self, module: nn.Module, step: int) -> None:
@@ -206,14 +195,21 @@ class Planning:
         switch = self._next_switch()
         if self._under_way is not None or switch is None or step < switch.asked_step:
             return False
+        if self._control is not None and switch.fresh:
+            decision, self._control = decide(
+                self._control, band=self._negatives.band, batch_size=self._batch_size
+            )
+            logger.info("%s: %s", switch.name, decision)
         start = max(switch.start, self._planned.end)  # later than meant only if not strict
         switch = switch._replace(start=start)
         request = self._request(switch) if self._ranks.is_first else None
         if switch.fresh and (self._negatives.refresh_pass or self._is_cold(switch)):
-            self._embed_all(module, step, request)
+            maker = self._maker  # an earlier life may have made the plan from its own pass
+            made = maker is not None and request is not None and maker.find(request) is not None
+            self._feed.embed_all(module, step, needed=not self._tell(made))
         self._under_way = switch
         if request is not None and self._maker is not None:
-            snapshot = self._snapshot() if switch.fresh else None
+            snapshot = self._feed.snapshot() if switch.fresh else None
             maker = self._maker
             self._job = Job(lambda: maker.make(request, snapshot))
         return True
@@ -236,6 +232,8 @@ class Planning:
             knobs = NegativesConfig.model_validate(base.header.knobs)
         else:
             size = grown_cluster_size(self._negatives, switch.epoch)
+            if self._control is not None:
+                size = self._control.cluster_size
             knobs = self._negatives.model_copy(update={"cluster_size": size})
         return Request(
             name=switch.name,
@@ -256,25 +254,6 @@ class Planning:
         if segment is None:
             return None
         return BatchPlan.load(self._folder / segment.plan, self._samples.fingerprint)
-
-    def _embed_all(self, module: nn.Module, step: int, request: Request | None) -> None:
-        """The refresh pass, unless an earlier life of the run has made the plan from it already."""
-        average_buffers(self._model, self._ranks)
-        is_there = self._maker is not None and request is not None and self._maker.find(request)
-        if self._tell(bool(is_there)):
-            return
-        store = self._store
-        started = time.monotonic()
-        self._refresh(module, lambda ids, rows: store.write(ids, rows, step) if store else None)
-        self._numbers["refresh_s"] = time.monotonic() - started
-
-    def _snapshot(self) -> Snapshot | None:
-        if self._store is None:
-            return None
-        if self._store.num_rows * self._store.dim * 2 > _COPY_BYTES:
-            return self._store.snapshot(self._store_folder / "snapshot")
-        rows, steps = self._store.part(0, self._store.num_rows)
-        return Snapshot.of(rows, steps, self._store.fingerprint)
 
     def _is_ready(self, *, must: bool) -> bool:
         """Whether rank 0 has the plan under way; `must` waits until it has."""
@@ -302,6 +281,9 @@ class Planning:
             segment = segment._replace(asked_step=before.asked_step)
         self._append(segment, lambda: self._collect(switch, start))
         self._under_way, self._job = None, None
+        size = self._cluster_size(self._planned.segments[-1])
+        if self._control is not None and size != self._control.cluster_size:
+            self._control = Control(size)  # as an earlier life of the run had decided
 
     def _collect(self, switch: Switch, start: int) -> tuple[str, str]:
         """(name, SHA-256) of the plan under way, of what is left of it if it comes late."""
@@ -375,6 +357,18 @@ class Planning:
         words = [word]
         dist.broadcast_object_list(words, src=0, group=self._ranks.group)
         return words[0]
+
+
+def clusters_of(planned: PlannedOrder | None) -> ClustersOf | None:
+    """The clusters of positions, for numbers about hardness; None without planned batches."""
+    if planned is None:
+        return None
+
+    def of(positions: Tensor) -> Tensor | None:
+        found = planned.clusters_of(positions.numpy())
+        return torch.from_numpy(found) if (found >= 0).any() else None
+
+    return of
 
 
 def _wait_for(folder: Path) -> None:

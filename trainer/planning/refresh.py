@@ -100,13 +100,17 @@ class RefreshPass:
         return rows
 
     def _batches(self) -> Iterator[EvalBatch]:
+        transform = spec = None
+        if self._side.is_images:
+            size, mode = self._model.image_size, self._model.resize_mode
+            transform = ImageTransform(size, None, resize_mode=mode)
+        else:
+            spec = self._model.tokenizer_spec
         return iter_eval_batches(
             self._samples.indexes[0],
             self._config.data,
-            image_transform=ImageTransform(
-                self._model.image_size, None, resize_mode=self._model.resize_mode
-            ),
-            tokenizer_spec=None if self._side.is_images else self._model.tokenizer_spec,
+            image_transform=transform,
+            tokenizer_spec=spec,
             batch_size=self._config.eval.batch_size,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,

@@ -28,7 +28,7 @@ class Side:
         if config.has_centers:
             sides = {"auto": 0, "images": 0}
         elif config.has_labels:
-            sides = {"auto": 0, "texts": 0, "labels": 1}
+            sides = {"auto": 0, "texts": 0}
         else:
             sides = {"auto": 1, "images": 0, "texts": 1}
         asked = config.negatives.side
