@@ -13,7 +13,8 @@ from trainer.similarity.closed_form import attach_gradients, needs_gradient, pla
 from trainer.similarity.pairs import Tile
 from trainer.similarity.statistics import add_logsumexp
 
-# Newton's steps take 4 to 8; bisection alone would end within the bits of a float64.
+# Measured for 128 queries: 2 to 5 at alpha * scale = 20, up to 10 at 40, 17 at 200, where labels
+# are clearly in or out and bisections help; alone, they would end within the bits of a float64.
 _MOST_STEPS = 100
 
 
