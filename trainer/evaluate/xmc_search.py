@@ -21,6 +21,7 @@ QUERY_TILE = 256
 LABEL_TILE = 4096
 BLOCK_TILES = 32  # label tiles that visit at once
 MANY = 16  # more than one pair in so many: the tile is summed in float64 as a whole
+DENSE = 64  # one pair in so many: a float64 product of the tile costs less than the pairs alone
 PENDING = 16  # candidates a query before they are merged into the first k
 CACHED_NUMBERS = 1 << 16  # float64 numbers of pairs' rows at once: what stays in a core's cache
 TILE_NUMBERS = 1 << 22  # of a tile that is summed in float64 as a whole
@@ -164,7 +165,10 @@ class _Search:
             self._look_at_all(tile, ids, hidden)
             return
         rows, columns = places.unbind(dim=1)
-        scores = score_pairs(self._queries, tile, rows, columns)
+        if len(rows) * DENSE > products.numel():
+            scores = (self._queries.double() @ tile.double().T)[rows, columns]
+        else:
+            scores = score_pairs(self._queries, tile, rows, columns)
         self._pending.append((rows, sort_keys(scores[:, None], ids[columns, None])[:, 0]))
         self._num_pending += len(rows)
         if self._num_pending > PENDING * len(self._best):
