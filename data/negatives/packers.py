@@ -80,8 +80,10 @@ def cluster_rows(ids: Int64s, loose: Int64s, affinity: Affinity, shape: BatchSha
 def _whole_clusters(ids: Int64s, size: int, seed: int) -> tuple[Int64s, Int64s]:
     """(ids for clusters of exactly `size`, the few that are left over, drawn): such ones pack."""
     num_left = len(ids) % size if len(ids) > size else 0
+    if not num_left:
+        return ids, ids[:0]
     is_left = np.zeros(len(ids), np.bool_)
-    is_left[np.argsort(keyed_words(ids, seed, _LEFT_OVER))[:num_left]] = True
+    is_left[np.argpartition(keyed_words(ids, seed, _LEFT_OVER), num_left)[:num_left]] = True
     return ids[~is_left], shuffled(ids[is_left], seed, SHUFFLE_ROWS)
 
 

@@ -220,11 +220,12 @@ def _plan_group(ids: Int64s, affinity: Affinity, shape: BatchShape) -> tuple[Lay
     has_rows = affinity.placeable(ids)
     snapshot = affinity.snapshot
     unseen = len(ids) - (0 if snapshot is None else int(snapshot.seen[ids].sum()))
-    words = keyed_words(ids, seed, _RANDOM_SHARE)
-    wanted = max(0, round(knobs.random_share * len(ids)) - int((~has_rows).sum()))
-    rank = np.argsort(np.where(has_rows, words, np.uint64(2**64 - 1)), kind="stable")
     is_loose = ~has_rows
-    is_loose[rank[:wanted]] = True
+    wanted = round(knobs.random_share * len(ids)) - int(is_loose.sum())
+    if wanted > 0:
+        others = np.flatnonzero(has_rows)
+        words = keyed_words(ids[others], seed, _RANDOM_SHARE)
+        is_loose[others[np.argsort(words)[:wanted]]] = True
     loose = shuffled(ids[is_loose], seed, SHUFFLE_ROWS)
     return cluster_rows(ids[~is_loose], loose, affinity, shape), unseen
 
