@@ -103,7 +103,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder (open_clip) or file (the others).")],
     format: Annotated[
         str,
-        typer.Option(help="open_clip, safetensors, onnx, centers; default: the first that fits."),
+        typer.Option(help="open_clip, safetensors, onnx, centers, labels; default: what fits."),
     ] = "",
     ema: Annotated[bool, typer.Option(help="Averaged weights, where the run keeps some.")] = True,
     pixels: Annotated[str, typer.Option("--input", help="ONNX: uint8 or float.")] = "uint8",

@@ -13,6 +13,7 @@ from data.labels import check_labels
 from trainer.centers import ClassCenters
 from trainer.config import Config, ConfigError
 from trainer.objectives import build_model
+from trainer.objectives.label_sides import load_labels
 from trainer.ranks import Ranks
 
 Progress = Callable[[int, int], None]
@@ -69,7 +70,13 @@ def check_fit(config: Config, samples: SampleSet, world_size: int) -> None:
 
 
 def count_classes(config: Config, samples: SampleSet) -> int:
-    """Class centers of a run, 0 for one without. Raises DataError for labels that do not fit."""
+    """Class centers or classifiers of a run, 0 for one without.
+
+    Raises DataError for labels that do not fit, or that have no text.
+    """
+    if config.has_labels:
+        _, table = load_labels(config, samples)
+        return table.num_labels if config.labels.rows == "classifiers" else 0
     if not config.has_centers:
         return 0
     labels = check_labels(samples, config.centers.num_classes)

@@ -1,6 +1,6 @@
 """Which files a checkpoint can become: what `nsphere export` calls.
 
-A format is a function here and a line in `TOWER_FORMATS` or `FACE_FORMATS`.
+A format is a function here and a line in `TOWER_FORMATS`, `FACE_FORMATS` or `TEXT_FORMATS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,9 @@ from trainer.config import Config, ConfigError, ModelConfig
 from trainer.export.centers import export_centers
 from trainer.export.faces import export_face_safetensors, load_faces
 from trainer.export.onnx_file import OnnxOptions, export_onnx
+from trainer.export.texts import export_labels, export_text_safetensors
 from trainer.export.towers import export_open_clip, export_safetensors, load_towers
+from trainer.objectives.label_sides import load_label_table
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ def export_checkpoint(
 ) -> str:
     """Write a run's newest or the named checkpoint as `format_name`; a line for people.
 
-    Empty: open_clip for image and text towers, safetensors for a face model. Raises ConfigError
-    with the formats that there are for this model.
+    Empty: open_clip for image and text towers, safetensors for face models and text towers. Raises
+    ConfigError with the formats that there are for this model.
     """
     checkpoint = find_checkpoint(source)
     config = load_checkpoint_config(checkpoint)
     formats = FACE_FORMATS if config.has_centers else TOWER_FORMATS
+    if config.has_labels:
+        formats = TEXT_FORMATS
     name = format_name or next(iter(formats))
     if name not in formats:
         raise ConfigError(
@@ -88,6 +92,18 @@ def _face_onnx(request: Request) -> str:
     return f"{request.out}: {export_onnx(model, request.out, request.onnx)}"
 
 
+def _text_safetensors(request: Request) -> str:
+    return str(export_text_safetensors(request.weights(), request.config, request.out))
+
+
+def _text_labels(request: Request) -> str:
+    config = request.config
+    table = load_label_table(config)
+    weights = request.weights() if config.labels.rows == "texts" else None
+    written = export_labels(weights, config, request.checkpoint, table, request.out)
+    return f"{written}: {table.num_labels:,} labels"
+
+
 TOWER_FORMATS: dict[str, Callable[[Request], str]] = {
     "open_clip": _open_clip,
     "safetensors": _tower_safetensors,
@@ -97,4 +113,8 @@ FACE_FORMATS: dict[str, Callable[[Request], str]] = {
     "safetensors": _face_safetensors,
     "onnx": _face_onnx,
     "centers": _face_centers,
+}
+TEXT_FORMATS: dict[str, Callable[[Request], str]] = {
+    "safetensors": _text_safetensors,
+    "labels": _text_labels,
 }

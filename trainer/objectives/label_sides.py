@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import SampleSet
+from data.errors import DataError
 from data.label_lists import LabelLists, load_label_lists
 from data.label_table import LabelTable, find_label_table, read_label_table
 from data.shards import expand_shards
@@ -40,25 +41,25 @@ def build_label_objective(
     """Raises DataError for data without labels, a label without text, and ConfigError for options
     that do not fit one another, each on every rank.
     """
-    lists, table = load_label_lists(samples), load_label_table(config)
-    _check_lists(lists, table)
+    lists, table = load_labels(config, samples)
     part = Part.of_rank(table.num_labels, ranks.rank, ranks.world_size)
     side = _build_side(config, model, table, part, ranks, draw=draw)
     return LabelObjective(config, model, engine, ranks, lists, part, side, hardness)
+
+
+def load_labels(config: Config, samples: SampleSet) -> tuple[LabelLists, LabelTable]:
+    """Labels of each sample, and the table of all. Raises DataError where they do not fit."""
+    lists, table = load_label_lists(samples), load_label_table(config)
+    table.check_ids(lists.num_labels, "the training data")
+    if not len(lists.ids):
+        raise DataError(f"none of {lists.num_rows:,} training samples has a label")
+    return lists, table
 
 
 def load_label_table(config: Config) -> LabelTable:
     """The table that `labels.table` names, or the one beside the training shards."""
     urls = [url for source in config.data.all_sources() for url in expand_shards(source.shards)]
     return read_label_table(find_label_table(urls, config.labels.table))
-
-
-def _check_lists(lists: LabelLists, table: LabelTable) -> None:
-    table.check_ids(lists.num_labels, "the training data")
-    if not len(lists.ids):
-        raise ConfigError(
-            f"none of {lists.num_rows:,} training samples has a label: pack them with their labels"
-        )
 
 
 def _build_side(
