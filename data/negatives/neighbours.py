@@ -10,7 +10,6 @@ neighbour.
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,6 +66,8 @@ def nearest(
 
 def _search_cell(rows: NDArray[np.float32], num: int) -> tuple[Int64s, NDArray[np.float32]]:
     """(n, k) other rows of the cell and their cosines, at most `num` of them."""
+    import faiss  # here: training processes that only read plans need no second OpenMP runtime
+
     faiss.omp_set_num_threads(1)  # of this thread alone
     rows = unit_rows(rows)
     count = min(num + 1, len(rows))
