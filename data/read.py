@@ -13,7 +13,7 @@ import stat
 import tempfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ Version = tuple[int, str]
 
 _PIECE_BYTES = 4 * 2**20
 _SPOOL_BYTES = 2**20
-_FILE_GAP_BYTES = 8 * 1024  # reading on costs less than another system call
-_REMOTE_GAP_BYTES = 256 * 1024  # and here less than another request
+FILE_GAP_BYTES = 8 * 1024  # reading on costs less than another system call
+REMOTE_GAP_BYTES = 256 * 1024  # and here less than another request
 _MAX_RUN_BYTES = 16 * 2**20
 _MAX_FILES = 4096
 _REMOTE_THREADS = 8
@@ -162,19 +162,11 @@ class Reader:
 
     def _iter_runs(self, spans: Sequence[Span]) -> Iterator["_Run"]:
         """Spans that lie close together, to be read at once; in order of shard and offset."""
-        run = None
-        for member in sorted(range(len(spans)), key=spans.__getitem__):
-            shard, offset, size = spans[member]
-            end = offset + size
-            if run is not None and run.takes(shard, offset, end):
-                run.members.append(member)
-                run.end = max(run.end, end)
-                continue
-            if run is not None:
-                yield run
-            run = _Run(self._store(shard), shard, offset, end, [member])
-        if run is not None:
-            yield run
+        for shard, start, end, members in coalesce(spans, self._gap):
+            yield _Run(self._store(shard), shard, start, end, members)
+
+    def _gap(self, shard: str) -> int:
+        return FILE_GAP_BYTES if isinstance(self._store(shard), FileStore) else REMOTE_GAP_BYTES
 
     def _read_run(
         self, run: "_Run", spans: Sequence[Span], found: list[bytes | memoryview]
@@ -279,11 +271,25 @@ class _Run:
     end: int
     members: list[int]
 
-    def takes(self, shard: str, offset: int, end: int) -> bool:
-        """Whether reading on to this span is cheaper than a read of its own."""
-        gap = _FILE_GAP_BYTES if isinstance(self.store, FileStore) else _REMOTE_GAP_BYTES
-        near = shard == self.shard and offset <= self.end + gap
-        return near and end - self.start <= _MAX_RUN_BYTES
+
+def coalesce(
+    spans: Sequence[Span],
+    gap_of: Callable[[str], int],  # shard -> bytes that it is cheaper to read on over
+) -> Iterator[tuple[str, int, int, list[int]]]:
+    """Reads that fetch all spans: shard, first byte, end, numbers of the spans; in that order."""
+    shard, start, end, members = "", 0, 0, list[int]()
+    for member in sorted(range(len(spans)), key=spans.__getitem__):
+        where, offset, size = spans[member]
+        near = where == shard and offset <= end + gap_of(where)
+        if members and near and offset + size - start <= _MAX_RUN_BYTES:
+            members.append(member)
+            end = max(end, offset + size)
+            continue
+        if members:
+            yield shard, start, end, members
+        shard, start, end, members = where, offset, offset + size, [member]
+    if members:
+        yield shard, start, end, members
 
 
 def _write_stream(store: Store, fd: int) -> None:

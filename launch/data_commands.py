@@ -86,8 +86,10 @@ def order(
     config: Annotated[Path | None, typer.Argument(help="TOML file; or only --data.shards.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Mixing quality.")] = False,
     step: Annotated[int, typer.Option(help="Show the samples of this step, 1-based.")] = 1,
+    run: Annotated[Path | None, typer.Option(help="Run with planned batches: its plans.")] = None,
 ) -> None:
-    """Show which samples a step trains on, or how well the order mixes the shards.
+    """Show which samples a step trains on, or how well the order mixes the shards; with `--run`, by
+    the plans of that run's newest checkpoint, and what they cost to read.
 
     Example: nsphere order configs/smoke.toml --report
     """
@@ -100,6 +102,14 @@ def order(
     with shard_progress("indexing shards") as progress:
         samples = build_samples(settings, progress)
     batch = settings.train.global_batch_size
+    if run is not None:
+        from trainer.planning.report import describe_plans, load_plans
+
+        load_plans(run, samples)
+        if report:
+            for line in describe_plans(samples, settings):
+                typer.echo(line)
+            return
     if not report:
         for key in samples.keys(samples.batch(step - 1, batch).ids):
             typer.echo(key)

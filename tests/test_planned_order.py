@@ -9,14 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tars import loader_of, rows_of, write_set
 
-from data.config import NegativesConfig
+from data.config import DataConfig, NegativesConfig
+from data.dataset import build_sample_set
 from data.errors import DataError
+from data.index import load_index
 from data.negatives.columns import SampleColumns
 from data.negatives.plan import BatchPlan, make_plan
 from data.negatives.reshuffle import reshuffle_plan
 from data.negatives.store import Snapshot
 from data.order import Order, equal_batches
 from data.planned_order import ENDLESS, PlannedOrder, Segment
+from data.read import coalesce
+from data.reading_report import measure_reading
 from trainer.config import ConfigError
 from trainer.planning.maker import PlanMaker, Request
 from trainer.planning.schedule import Schedule
@@ -324,3 +328,25 @@ def test_a_table_travels_as_json(one_plan):
     again = PlannedOrder(planned.order, DATA)
     again.start(folder.parent, [Segment(*row) for row in json.loads(json.dumps(planned.segments))])
     assert again.segments == planned.segments
+
+
+def test_what_an_order_costs_to_read(tmp_path):
+    pattern = write_set(tmp_path / "set", [40, 40, 40])
+    index = load_index(pattern)
+    config = DataConfig(shards=pattern)
+    together, apart = (
+        build_sample_set([index], config.model_copy(update=sizes), seed=0)
+        for sizes in ({"chunk": 40, "lanes": 1, "window": 1}, {"chunk": 1})
+    )
+    cheap = measure_reading(together, config, 40, stop=120)
+    dear = measure_reading(apart, config, 40, stop=120)
+    assert cheap.num_batches == dear.num_batches == 3
+    assert cheap.mean_shards <= 2 < dear.mean_shards <= dear.most_shards <= 3
+    assert cheap.reads <= 2 / 40 and 1 < cheap.amplification < 20
+    assert "reads a sample" in str(dear)
+    spans = [("a", 0, 10), ("b", 0, 10), ("a", 60, 10), ("a", 12, 5), ("a", 3, 4)]
+    assert list(coalesce(spans, lambda _: 2)) == [
+        ("a", 0, 17, [0, 4, 3]),
+        ("a", 60, 70, [2]),
+        ("b", 0, 10, [1]),
+    ]
