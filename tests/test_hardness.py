@@ -18,7 +18,7 @@ from data.batch import Batch
 from trainer.centers import ClassCenters
 from trainer.config import CentersConfig, ConfigError
 from trainer.hardness import Control, Hardness, Keyed, decide
-from trainer.hardness.sample import MAX_COLUMNS, NUM_ROWS, choose, choose_columns
+from trainer.hardness.sample import MAX_COLUMNS, MAX_NUMBERS, NUM_ROWS, choose, choose_columns
 from trainer.plots import RunLog, build_figures
 from trainer.report import write_report
 
@@ -408,9 +408,9 @@ def test_every_row_has_its_turn():
 SURE = torch.tensor([1, 5, 4 * 100 + 1])
 
 
-def choose_some(group, total):
+def choose_some(group, total, dim=3):
     keys = own(torch.arange(total) * 4 + 1, group)  # numbers with a pattern, as of quarter turns
-    return keys[choose_columns(keys, SURE, group, seed=SEED, step=STEP)].tolist()
+    return keys[choose_columns(keys, SURE, group, dim=dim, seed=SEED, step=STEP)].tolist()
 
 
 def test_of_very_many_columns_a_sample_stands_for_all(answers):
@@ -421,6 +421,8 @@ def test_of_very_many_columns_a_sample_stands_for_all(answers):
     for parts in (others[:2], others[2:]):
         assert sorted(one for part in parts for one in part) == alone
     assert choose_some(None, MAX_COLUMNS) == (torch.arange(MAX_COLUMNS) * 4 + 1).tolist()
+    wide = choose_some(None, MANY[1], 1024)
+    assert abs(len(wide) * 1024 / MAX_NUMBERS - 1) < 0.1
 
 
 def test_work_over_very_many_centers_is_bounded():
@@ -431,7 +433,7 @@ def test_work_over_very_many_centers_is_bounded():
         return F.normalize(torch.stack([places.sin(), places.cos(), places * 0.0 + 1], dim=1))
 
     monitor = hardness(None)
-    labels = torch.arange(100) * 1000
+    labels = torch.arange(100) * 800
     monitor.measure_centers(
         batch_of(100, None, labels=labels),
         STEP,
@@ -516,6 +518,21 @@ def test_every_run_says_how_hard_it_is(tmp_path, make, sections):
     page = write_report(tmp_path / "run-1").read_text()
     for title in ("Hardness of the negatives", "Negatives that come close", "Effective negatives"):
         assert title in page
+
+
+def test_a_planned_run_says_how_its_plan_works(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        data={"batching": "planned"},
+        negatives={"cluster_size": 4, "controller": True, "dim": 8},
+        train={"duration": "12 steps"},
+    )
+    run_ranks(2, train_rank, config, str(tmp_path / "run"))
+    lines = lines_of(tmp_path / "run")
+    planned = [line for line in lines if line["plan_version"] >= 0]
+    assert ["cluster_mates" in line for line in lines] == [line in planned for line in lines]
+    assert planned and all(0 <= line["cluster_mates"] <= 1 for line in planned)
+    assert all(line["plan_age"] >= 0 for line in planned)
 
 
 def test_the_report_shows_the_plan_where_there_is_one():

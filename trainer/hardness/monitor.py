@@ -29,7 +29,7 @@ class Keyed(NamedTuple):
     """This rank's columns by key: class centers, or embeddings of labels."""
 
     keys: Tensor
-    """(m,) int64, below 0: no column."""
+    """(m,) int64 rising; where labels are drawn in any order, and below 0 for none."""
     read: Callable[[Tensor], Tensor]
     """(k,) places among the m -> (k, d) unit rows, or (k, c, d) of which the nearest counts."""
 
@@ -105,8 +105,8 @@ class Hardness:
             facts = {"class": classes, "label": batch.labels}
             sampled = self._sample(batch, step, unit, facts, bars)
             own = sampled.fact("class")
-            centers = self._bounded(centers, own, step)
-            table = _table(sampled, centers)
+            centers = self._bounded(centers, own, rows.shape[1], step)
+            table = _table(sampled, centers, torch.float32)
             _mark(table.positive, centers.keys, own)
             self._finish(sampled, table, centers.keys, "class", scale)
 
@@ -130,7 +130,7 @@ class Hardness:
                 labels = self._distinct(labels)
             sampled = self._sample(batch, step, queries, facts)
             rows, own = self._lists(sampled, batch.positions.to(queries.device), positives)
-            labels = self._bounded(labels, own, step)
+            labels = self._bounded(labels, own, queries.shape[1], step)
             table = _table(sampled, labels)
             if drawn is None:
                 _mark(table.positive, labels.keys, own, rows)
@@ -158,9 +158,11 @@ class Hardness:
             rows, batch.positions, facts, self._group, seed=self._seed, step=step, bars=bars
         )
 
-    def _bounded(self, columns: Keyed, sure: Tensor, step: int) -> Keyed:
+    def _bounded(self, columns: Keyed, sure: Tensor, dim: int, step: int) -> Keyed:
         """All columns, or a bounded sample of very many that holds the sure ones."""
-        places = choose_columns(columns.keys, sure, self._group, seed=self._seed, step=step)
+        places = choose_columns(
+            columns.keys, sure, self._group, dim=dim, seed=self._seed, step=step
+        )
         return Keyed(columns.keys[places], lambda part: columns.read(places[part]))
 
     def _distinct(self, columns: Keyed) -> Keyed:
@@ -174,6 +176,7 @@ class Hardness:
         start = sum(counts[: own_rank(self._group)])
         own = first[start : start + len(columns.keys)] & (columns.keys >= 0)
         places = own.nonzero()[:, 0]
+        places = places[columns.keys[places].argsort()]
         return Keyed(columns.keys[places], lambda part: columns.read(places[part]))
 
     def _lists(
@@ -239,10 +242,10 @@ def build_hardness(
     return Hardness(config.train.seed, group, due=due, clusters_of=clusters_of)
 
 
-def _table(sampled: Sampled, columns: Keyed) -> Table:
-    """Every column a negative as yet."""
+def _table(sampled: Sampled, columns: Keyed, dtype: torch.dtype = torch.float64) -> Table:
+    """Every column a negative as yet; cosines are summed in `dtype`."""
     places = torch.arange(len(columns.keys), device=columns.keys.device)
-    cosines = cosines_with(sampled.vectors, columns.read, places)
+    cosines = cosines_with(sampled.vectors.to(dtype), columns.read, places)
     nowhere = torch.zeros_like(cosines, dtype=torch.bool)
     return Table(cosines, nowhere, nowhere.clone(), None)
 

@@ -12,7 +12,9 @@ from data.order import derive_key, permute
 from trainer.collectives import gather_counts, gather_rows, sum_over_ranks
 
 NUM_ROWS = 64  # of a global batch: a share is known to 0.06, a mean over some steps well
-MAX_COLUMNS = 1 << 14  # of class centers or label rows, over all ranks: bounded work and memory
+# Of class centers or label rows, over all ranks: so that work and memory are bounded.
+MAX_COLUMNS = 1 << 13
+MAX_NUMBERS = 1 << 22
 _ROWS, _COLUMNS = 61, 62  # what a key is for
 _HASH_BITS = 24
 
@@ -73,24 +75,33 @@ def choose(total: int, seed: int, step: int) -> np.ndarray:  # (s,) int64
 
 
 def choose_columns(
-    keys: Tensor,  # (m,) int64, this rank's
+    keys: Tensor,  # (m,) int64 rising, this rank's
     sure: Tensor,  # (p,) int64 keys that are taken in any case
     group: ProcessGroup | None,
     *,
+    dim: int,  # numbers of a column
     seed: int,
     step: int,
-) -> Tensor:  # (k,) places among the m
-    """All columns, or about MAX_COLUMNS of all ranks' by a keyed hash of their keys. Collective.
+) -> Tensor:  # (k,) places among the m, rising
+    """All columns, or where they are too many a sample by a keyed hash of their keys. Collective.
 
-    Multiply-shift hashing (Dietzfelbinger et al. 1997) on the device where the keys are.
+    A sample is of about MAX_COLUMNS columns over all ranks, of fewer where they hold more than
+    MAX_NUMBERS numbers. Multiply-shift hashing (Dietzfelbinger et al. 1997), where the keys are.
     """
     total = sum(gather_counts(len(keys), group, keys.device))
-    if total <= MAX_COLUMNS:
+    most = min(MAX_COLUMNS, max(1, MAX_NUMBERS // dim))
+    if total <= most:
         return torch.arange(len(keys), device=keys.device)
-    draw = derive_key(seed, _COLUMNS, step, np.arange(2)).view(np.int64)
-    hashed = (keys * (int(draw[0]) | 1) + int(draw[1])) >> (64 - _HASH_BITS)
-    below = (hashed & ((1 << _HASH_BITS) - 1)) < MAX_COLUMNS * (1 << _HASH_BITS) // total
-    return (below | torch.isin(keys, sure)).nonzero()[:, 0]
+    if (keys.diff() <= 0).any():
+        raise ValueError("keys of columns do not rise: sort them, each at most once")
+    factor, shift = derive_key(seed, _COLUMNS, step, np.arange(2)).view(np.int64).tolist()
+    hashed = (keys * (factor | 1)).add_(shift)
+    hashed.bitwise_right_shift_(64 - _HASH_BITS).bitwise_and_((1 << _HASH_BITS) - 1)
+    taken = hashed < most * (1 << _HASH_BITS) // total
+    at, here = find(keys, sure)
+    taken[at[here]] = True
+    places: Tensor = taken.nonzero()[:, 0]
+    return places
 
 
 def find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:  # (w,) int64, (w,) bool

@@ -1,7 +1,8 @@
 """What sampled rows see in the columns of all ranks, from each rank's own columns.
 
-Cosines are float64 sums rounded to float32, as in `trainer/evaluate/nearest.py`: so equal texts
-have equal cosines, and counts are the same at any world size.
+Cosines with texts and labels are float64 sums rounded to float32, as `trainer/evaluate/nearest.py`
+does: so equal texts have equal cosines, and counts are the same at any world size. No two centers
+are equal, and they are many: float32 will do.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class RowStatistics(NamedTuple):
 
 
 def cosines_with(
-    rows: Tensor,  # (s, d) float64
+    rows: Tensor,  # (s, d) in the dtype to sum in
     read: Callable[
         [Tensor], Tensor
     ],  # (k,) places -> (k, d), or (k, c, d): the nearest of c counts
@@ -59,7 +60,7 @@ def cosines_with(
     """Cosines with the columns at these places, a block at a time."""
     table = torch.empty(len(rows), len(places), dtype=torch.float64, device=rows.device)
     for start in range(0, len(places), _BLOCK):
-        block = read(places[start : start + _BLOCK]).double()
+        block = read(places[start : start + _BLOCK]).to(rows.dtype)
         flat = block.flatten(0, -2)
         values = (rows @ flat.T).view(len(rows), len(block), len(flat) // len(block)).amax(2)
         table[:, start : start + _BLOCK] = values.float()
