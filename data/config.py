@@ -147,7 +147,9 @@ class NegativesConfig(Section):
     side: Literal["auto", "images", "texts", "labels"] = "auto"
     """Embeddings that samples are clustered by; auto: texts, or images where there are none."""
     cluster_size: int = Field(default=4, ge=1)
-    """Samples of a cluster; clusters are shuffled and laid into batches. 1: random."""
+    """Samples of a cluster; clusters are shuffled and laid into batches. 1: random. topics: of a
+    topic (four batches, where that is no more than one); identities: identities of a cluster, each
+    with its K images."""
     grow_at: tuple[int, ...] = ()
     """Epochs at which the cluster size doubles (NGAME's schedule)."""
     start_epoch: int = Field(default=1, ge=0)

@@ -247,6 +247,9 @@ def test_topics_fill_batches_alike_in_margins():
     drawn = np.array([(np.digitize(margins[rng.permutation(4096)[:32]], edges) == 0).mean()
                       for _ in range(128)])  # fmt: skip
     assert low.std() < 0.75 * drawn.std()
+    for num in (1056, 1100, 4000):  # no whole number of topics
+        odd = plan_of(snapshot, np.arange(num), planner="topics", cluster_size=512, columns=columns)
+        assert odd.header.num_torn <= 4
     own = plan_of(snapshot, planner="topics")  # margins of its own
     assert (
         measure_hardness(own, snapshot).hardest

@@ -124,7 +124,7 @@ def _topics(
     # Dealing a sorted topic in turn gives each of its batches its share of every bin.
     counts = np.diff(topics.bounds)
     turns = np.arange(len(sequence)) - np.repeat(topics.bounds[:-1], counts)
-    hands = np.maximum(1, np.rint(counts / part).astype(np.int64))
+    hands = -(-counts // part)  # none is larger than a batch has room for
     first = np.cumsum(hands) - hands
     hand = np.repeat(first, counts) + turns % np.repeat(hands, counts)
     dealt = np.argsort(hand, kind="stable")
