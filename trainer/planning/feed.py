@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.loader import Batch
 from data.negatives.store import EmbeddingStore, Snapshot
 from trainer.buffers import average_buffers
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 from trainer.objectives import Model
 from trainer.planning.refresh import RefreshPass
 from trainer.planning.rows import Projection, Side, gather_by_id
@@ -38,7 +38,15 @@ class Feed:
         *,
         autocast: torch.dtype | None,
     ) -> None:
-        """Raises ConfigError for a side that such a model does not have."""
+        """Raises ConfigError for a side that such a model does not have, and where training steps
+        see other images than a plan is of and there is no pass to embed those.
+        """
+        self._from_steps = not config.centers.quarter_turns
+        if not self._from_steps and not config.negatives.refresh_pass:
+            raise ConfigError(
+                "centers.quarter_turns: training steps embed turned images, and plans are of them "
+                "upright: set negatives.refresh_pass = true"
+            )
         self._config, self._folder, self._samples = config, folder, samples
         self._model, self._ranks = model, ranks
         self._side = Side(config)
@@ -70,7 +78,7 @@ class Feed:
 
     def write_step(self, step: int, batch: Batch, output: StepOutput) -> None:
         """The embeddings of a step, for nothing; one that was skipped writes nothing."""
-        if not output.result.applied:
+        if not output.result.applied or not self._from_steps:
             return
         rows = self._side.rows(output.outputs)
         if len(rows) != len(batch.ids):

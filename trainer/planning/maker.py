@@ -8,6 +8,7 @@ embeddings which differ by rounding, and may hold other clusters.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from data.negatives.columns import SampleColumns
 from data.negatives.plan import BatchPlan, Head, PlanHeader, make_plan
 from data.negatives.reshuffle import reshuffle_plan
 from data.negatives.store import Snapshot
+from data.negatives.tree import Work
 
 Int64s = NDArray[np.int64]
+
+_MOST_THREADS, _CORES_A_THREAD = 8, 4  # the machine is training meanwhile
 
 logger = logging.getLogger("nsphere.planning")
 
@@ -109,5 +113,6 @@ class PlanMaker:
                 asked_step=request.asked_step,
                 head=request.head,
                 columns=self.columns,
+                work=Work(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // _CORES_A_THREAD))),
             )
         return plan.save(self.folder / request.name).header

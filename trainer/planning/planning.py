@@ -125,6 +125,7 @@ class Planning:
     def begin(self, module: nn.Module, step: int) -> None:
         """Before the first batch of this life: `step` steps are done."""
         self._advance(module, step)
+        self._settle(step, wait=True)  # the loader's workers are forked next: no thread is at work
 
     def after_step(self, module: nn.Module, step: int, batch: Batch, output: StepOutput) -> None:
         """`step` steps are done, the last of this batch."""
