@@ -4,6 +4,7 @@
 ranks, threads and time play no part. Its result is stored all the same and never recomputed, as one
 ulp in an embedding makes other clusters on another machine. Who meets whom is decided in three
 steps: clusters (`packers.py`), batches (`layout.py`), constraints (`constraints.py`).
+Memory of random and tree plans: 120 bytes a sample beside the snapshot (measured at 10 million).
 """
 
 from dataclasses import asdict, dataclass, replace
