@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import ConfigError, ModelConfig, parse_config
-from trainer.dropout import make_dropout_keyed, row_keys, use_row_keys
+from trainer.dropout import (
+    UNDROPPED,
+    KeyedDropout,
+    KeyedTokenDropout,
+    make_dropout_keyed,
+    row_keys,
+    use_row_keys,
+)
 from trainer.models import build_text_model
 from trainer.models.layers import parameter_layers
 from trainer.models.texts.build import restore_text_model
@@ -263,3 +270,17 @@ def test_a_hugging_face_folder_is_used_as_it_lies(tmp_path):
     use_row_keys(model.train(), row_keys(0, torch.arange(2)))
     model(tokens).queries[:, 0].sum().backward()
     assert all(p.grad is not None for p in model.towers.parameters())
+
+
+def test_rows_of_labels_may_keep_everything():
+    """A row with the key that drops nothing is as in evaluation, its neighbours are not."""
+    keys = torch.tensor([5, UNDROPPED, 9])
+    x, tokens = torch.ones(3, 400), torch.ones(3, 50, dtype=torch.bool)
+    dropout, token_dropout = KeyedDropout(0.5, 1), KeyedTokenDropout(0.5)
+    for layer in (dropout, token_dropout):
+        use_row_keys(layer, keys)
+    dropped, kept = dropout(x), token_dropout(tokens)
+    assert (dropped[1] == 1).all() and kept[1].all()
+    for row in (0, 2):
+        assert set(dropped[row].tolist()) == {0.0, 2.0} and 10 < int(kept[row].sum()) < 40
+    assert dropout(x.bfloat16()).dtype == torch.bfloat16

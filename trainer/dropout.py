@@ -43,6 +43,10 @@ def keyed_uniform(keys: Tensor, layer: int, shape: Sequence[int]) -> Tensor:
     return (mix32(row[:, None] ^ index) >> 8).to(torch.float32).mul_(2.0**-24).reshape(shape)
 
 
+UNDROPPED = -1
+"""Key of a row that loses nothing."""
+
+
 class _Keyed(nn.Module):
     """A layer that draws by row key; `use_row_keys` sets `keys` before each forward pass."""
 
@@ -61,6 +65,14 @@ class _Keyed(nn.Module):
     def _uniform(self, shape: Sequence[int]) -> Tensor:
         return keyed_uniform(self.keys_of(shape[0]), self.layer, shape)
 
+    def _factors(self, shape: Sequence[int]) -> Tensor:
+        """What elements are multiplied by: 0 where they are dropped, more than 1 elsewhere."""
+        kept = (self._uniform(shape) >= self.probability) / (1.0 - self.probability)
+        undropped = self.keys_of(shape[0]) == UNDROPPED
+        if undropped.any():
+            kept[undropped] = 1.0
+        return kept
+
     def extra_repr(self) -> str:
         return f"{self.probability}, layer={self.layer}"
 
@@ -71,8 +83,7 @@ class KeyedDropout(_Keyed):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.probability == 0.0:
             return x
-        keep = self._uniform(x.shape) >= self.probability
-        return x * keep / (1.0 - self.probability)
+        return x * self._factors(x.shape).to(x.dtype)
 
 
 class KeyedDropPath(_Keyed):
@@ -82,7 +93,7 @@ class KeyedDropPath(_Keyed):
         if not self.training or self.probability == 0.0:
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        return x * (self._uniform(shape) >= self.probability) / (1.0 - self.probability)
+        return x * self._factors(shape).to(x.dtype)
 
 
 class KeyedPatchDropout(_Keyed):
@@ -126,7 +137,8 @@ class KeyedTokenDropout(_Keyed):
     def forward(self, present: Tensor) -> Tensor:
         if not self.training or self.probability == 0.0:
             return present
-        kept = present & (self._uniform(present.shape) >= self.probability)
+        undropped = (self.keys_of(len(present)) == UNDROPPED).unsqueeze(1)
+        kept = present & ((self._uniform(present.shape) >= self.probability) | undropped)
         return torch.where(kept.any(1, keepdim=True), kept, present)
 
 

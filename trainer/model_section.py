@@ -42,6 +42,8 @@ class ModelConfig(Section):
     """Face backbones: dropout before the last layer. Text towers: of what each layer adds."""
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Text tower bag: share of a text's tokens left out."""
+    label_dropout: bool = True
+    """Text towers: labels' texts lose tokens and features too, not queries' alone."""
     token_weights: bool = False
     """Text tower bag: a learned weight for each token; false: the plain mean."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)

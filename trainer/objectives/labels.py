@@ -23,7 +23,7 @@ from trainer.centers.label_rows import LabelRows
 from trainer.centers.parts import Part
 from trainer.collectives import gather_counts, gather_rows, sum_over_ranks
 from trainer.config import Config, LossConfig
-from trainer.dropout import row_keys
+from trainer.dropout import UNDROPPED, row_keys
 from trainer.engine import Engine
 from trainer.hardness import Hardness, Keyed
 from trainer.losses import (
@@ -75,6 +75,7 @@ class LabelObjective:
         self._tokens = side if isinstance(side, LabelTokens) else None
         self.rows = side if isinstance(side, LabelRows) else None
         self._over_all = config.labels.over == "all"
+        self._label_dropout = config.model.label_dropout
         self._seed, self._batch_size = config.train.seed, config.train.global_batch_size
         self._own_labels = torch.arange(part.start, part.stop)
         self._squared_norm, self._unlabelled = 0.0, 0
@@ -110,8 +111,8 @@ class LabelObjective:
             return one_vs_all_loss(
                 queries, labels, scale, bias, asked.positives, ids, group, labels_are_parts=parts
             )
-        if self._config.name == "topk_hinge":  # which a larger scale would only make larger
-            scale = scale.detach()
+        if self._config.name == "topk_hinge":  # its margin is one of cosines
+            scale = torch.ones_like(scale)
         return _build_loss(self._config)(
             queries,
             labels,
@@ -179,6 +180,8 @@ class LabelObjective:
 
     def _label_keys(self, batch: Batch, ids: Tensor) -> Tensor:  # (m,) -> (m,)
         """Keys of dropout: by step and label, so that any rank would draw the same masks."""
+        if not self._label_dropout:
+            return torch.full_like(ids, UNDROPPED)
         step = int(batch.positions[0]) // self._batch_size
         return row_keys(self._seed, ids + (step * self._part.num_classes + _OF_LABELS))
 
