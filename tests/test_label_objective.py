@@ -160,7 +160,7 @@ def test_gradients_are_the_global_losses_on_any_number_of_ranks(tmp_path, loss, 
         raw = objective.rows.optimizer.tables()["rows"][label_ids].clone().requires_grad_()
         queries, _, scale, bias = net(batch.texts)
         labels = F.normalize(raw, dim=1)
-    scale = scale.detach() if loss == "topk_hinge" else scale
+    scale = torch.ones_like(scale) if loss == "topk_hinge" else scale
     of_batch = lists.of(batch.ids.numpy())
     expected = dense_loss(
         loss, queries, labels, scale, bias, of_batch, label_ids, asked.drawn, config.loss
