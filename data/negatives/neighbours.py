@@ -126,7 +126,7 @@ def pack_greedily(
 ) -> Layout:
     """Batch after batch: a keyed anchor, its companions that are still free, the next anchor.
 
-    A step of Python an anchor: 3 microseconds, 1M rows in seconds.
+    A step of Python an anchor: 9 microseconds, 19 with labels (200,000 rows, processor time).
     """
     edges = shape.edges()
     rooms = spread(len(ids), edges)
