@@ -20,9 +20,10 @@ _PIECE = 1 << 26  # bytes hashed or written at a time
 def save_arrays(folder: Path, name: str, arrays: Mapping[str, Array], header: Any) -> str:
     """Write `folder` whole or not at all: `NAME.npy` each and `name` (JSON); the SHA-256 of both.
 
-    A folder that is there already is replaced.
+    A folder that is there already is replaced; a kill in between may leave neither, never a part.
     """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old.draft")
     for left in folder.parent.glob(f".{folder.name}.*.draft"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -34,12 +35,13 @@ def save_arrays(folder: Path, name: str, arrays: Mapping[str, Array], header: An
             file.write(text + "\n")
             _flush(file.fileno(), file.flush)
         flush_folder(draft)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # out of the way in one move: a kill must not leave half of it
+            os.replace(folder, old)
         os.replace(draft, folder)
         flush_folder(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return digest
 
 
