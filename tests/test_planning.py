@@ -1,5 +1,6 @@
 """Planning while training: whole small runs, killed and resumed, on one rank and on more."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -50,8 +51,10 @@ def planned_rank(group, config, run: str, fault: str = "") -> bool:
     """Train as one rank. fault: "step 5", "plan 1", "save 1", "refresh 1" die by SIGKILL there;
     "slow" takes its time for each plan.
     """
+    from trainer.hardness import controller
     from trainer.planning import maker, refresh
 
+    controller.MIN_ROWS = BATCH  # rows of one step are enough
     kind, _, number = fault.partition(" ")
     calls = 0
 
@@ -89,6 +92,17 @@ def check_epochs(run: Path, num_samples: int = SAMPLES, batch: int = BATCH) -> N
     for start in range(0, len(keys) - num_samples + 1, num_samples):
         assert len(set(keys[start : start + num_samples])) == num_samples
     assert all(len(set(one)) == batch for one in samples.values())
+
+
+def wait_for_workers(run: Path) -> None:
+    """Until those of a killed rank have seen that it is gone: they hold the run's lock with it."""
+    with (run / ".lock").open() as lock:
+        for _ in range(200):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.1)
 
 
 def read_lines(run: Path) -> dict[int, dict]:
@@ -244,6 +258,30 @@ def test_texts_with_labels_in_parts_of_parameters(tmp_path):
     check_epochs(tmp_path / "run", 90)
     (header,) = [load_header(path) for path in (tmp_path / "run" / "plans").iterdir()][:1]
     assert header.num_unseen == 0 and header.num_clusters > 0
+
+
+def test_controller_workers_locality_and_saves_behind_training(tmp_path):
+    negatives = {
+        "controller": True, "locality": 2, "unique": ["caption"], "refresh": "3 steps",
+        "side": "images", "dim": 8, "band": [0.1, 0.5],
+    }  # fmt: skip
+    sections = {
+        "data": {"workers": 2, "prefetch": 2},
+        "checkpoint": {"background": True},
+        "train": {"duration": "18 steps", "chunk_size": 3},
+    }
+    config = planned_config(tmp_path, negatives, **sections)
+    run_ranks(2, planned_rank, config, str(tmp_path / "whole"))
+    check_epochs(tmp_path / "whole")
+    lines = read_lines(tmp_path / "whole")
+    sizes = [lines[step]["cluster_size"] for step in sorted(lines) if "cluster_size" in lines[step]]
+    assert sizes[0] == 4 and set(sizes) <= {1, 2, 4, 8, 16} and len(set(sizes)) > 1
+    with pytest.raises(AssertionError):
+        run_ranks(2, planned_rank, config, str(tmp_path / "killed"), "step 11")
+    wait_for_workers(tmp_path / "killed")
+    run_ranks(2, planned_rank, config, str(tmp_path / "killed"))
+    assert read_samples(tmp_path / "killed") == read_samples(tmp_path / "whole")
+    assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "whole")
 
 
 def refused_rank(group, config, run: str) -> str:
