@@ -1,4 +1,4 @@
-"""A bag of hashed words: their mean vector, some residual layers, a projection.
+"""A bag of hashed words: their mean vector, some residual layers, a projection to another size.
 
 fastText's classifier (Joulin et al. 2016, arXiv 1607.01759) with an embedding in the place of its
 softmax.
@@ -36,7 +36,9 @@ class BagTower(nn.Module):
         self.layers = nn.ModuleList(_Layer(width, dropout) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width) if layers else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.proj = nn.Linear(width, embedding_dim, bias=False)
+        # A matrix between learns too fast at the rate that a table of rare words wants.
+        square = width == embedding_dim and not layers
+        self.proj = nn.Identity() if square else nn.Linear(width, embedding_dim, bias=False)
         nn.init.normal_(self.tokens.weight, std=width**-0.5)
         if self.weights is not None:
             nn.init.constant_(self.weights.weight, _WEIGHT_START)
