@@ -5,11 +5,16 @@ import os
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "numpy", "trainer.train"])
+
+# A busy machine is not a fault of the code.
+hypothesis.settings.register_profile("nsphere", deadline=None)
+hypothesis.settings.load_profile("nsphere")
 
 SHARED_DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"
 
