@@ -34,11 +34,11 @@ GRID = {
     "C=4": tree(4),
     "C=8": tree(8),
     "C=32": tree(32),
-    "C=B": tree(1 << 20),
-    "C=4, every 4 epochs": tree(4, "--negatives.refresh=4 epochs"),
-    "C=4, half random": tree(4, "--negatives.random_share=0.5"),
-    "C=4, unique labels": tree(4, '--negatives.unique=["label"]'),
-    "C=2, doubling": tree(2, "--negatives.grow_at=[2, 4, 6]"),
+    "C=128": tree(128),
+    "C=256": tree(256),
+    "C=32, planned once": tree(32, "--negatives.refresh=100 epochs"),
+    "C=32, half random": tree(32, "--negatives.random_share=0.5"),
+    "C=8, doubling": tree(8, "--negatives.grow_at=[2]"),
 }
 
 
