@@ -66,7 +66,9 @@ def an_objective(group, folder, sections):
         side = LabelRows(NUM_LABELS, DIM, group, config=config.centers, seed=4, dtype=torch.float64)
     hardness = Hardness(0, group, due=lambda _: False)
     engine = SimpleNamespace(clamp=lambda *_: None)
-    return model, LabelObjective(config, model, engine, ranks, label_lists(), part, side, hardness)
+    return model, LabelObjective(
+        config, model, engine, ranks, label_lists(), part, "", side, hardness
+    )
 
 
 def sections_of(loss, rows, over, **model):

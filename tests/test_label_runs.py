@@ -225,7 +225,7 @@ def config_error(group, config, run):
 
 
 def test_a_resumed_run_keeps_its_labels(tmp_path):
-    """Rows of another number of labels are refused, by their number."""
+    """Other labels than those it was trained with are refused, by their number and their texts."""
     config = text_config(tmp_path, **ALL_ROWS, train={"duration": "4 steps"})
     run_ranks(1, train_rank, config, str(tmp_path / "run"))
     table = pq.read_table(tmp_path / "texts" / "labels.parquet")
@@ -233,4 +233,9 @@ def test_a_resumed_run_keeps_its_labels(tmp_path):
     longer = pa.concat_tables([table, pa.Table.from_pylist([more], table.schema)])
     pq.write_table(longer, tmp_path / "texts" / "labels.parquet")
     (text,) = run_ranks(1, config_error, config, str(tmp_path / "run"))
-    assert "23" in text and "24" in text
+    assert "23 labels, this one has 24" in text
+    texts = [*table["text"].to_pylist()[:-1], "another meaning"]
+    other = table.set_column(1, "text", pa.array(texts, pa.large_string()))
+    pq.write_table(other, tmp_path / "texts" / "labels.parquet")
+    (text,) = run_ranks(1, config_error, config, str(tmp_path / "run"))
+    assert "another label table" in text

@@ -1,5 +1,6 @@
 """From `[labels]` and the data to a LabelObjective: lists, table, tokens or classifier rows."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def build_label_objective(
     lists, table = load_labels(config, samples)
     part = Part.of_rank(table.num_labels, ranks.rank, ranks.world_size)
     side = _build_side(config, model, table, part, ranks, draw=draw)
-    return LabelObjective(config, model, engine, ranks, lists, part, side, hardness)
+    digest = _digest(table)
+    return LabelObjective(config, model, engine, ranks, lists, part, digest, side, hardness)
 
 
 def load_labels(config: Config, samples: SampleSet) -> tuple[LabelLists, LabelTable]:
@@ -60,6 +62,14 @@ def load_label_table(config: Config) -> LabelTable:
     """The table that `labels.table` names, or the one beside the training shards."""
     urls = [url for source in config.data.all_sources() for url in expand_shards(source.shards)]
     return read_label_table(find_label_table(urls, config.labels.table))
+
+
+def _digest(table: LabelTable) -> str:
+    """Of all texts in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in table.texts_of():
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _build_side(

@@ -5,6 +5,7 @@ positive is drawn, are functions of the seed and of places in the run; so nothin
 many ranks there are.
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from trainer.centers.files import load_state, state_files
 from trainer.centers.label_rows import LabelRows
 from trainer.centers.parts import Part
 from trainer.collectives import gather_counts, gather_rows, sum_over_ranks
-from trainer.config import Config, LossConfig
+from trainer.config import Config, ConfigError, LossConfig
 from trainer.dropout import UNDROPPED, row_keys
 from trainer.engine import Engine
 from trainer.hardness import Hardness, Keyed
@@ -39,6 +40,7 @@ from trainer.models.texts.label_texts import LabelTokens
 from trainer.objectives.objective import Outputs
 from trainer.ranks import Ranks
 
+LABELS = "labels.json"  # in a checkpoint
 MARGIN, HARDEST = 0.3, 10  # of topk_hinge, as NGAME publishes it
 _DRAW = 22  # what the key is for
 _OF_LABELS = 1 << 62  # beyond any position of a sample: keys of labels' dropout
@@ -67,11 +69,13 @@ class LabelObjective:
         ranks: Ranks,
         lists: LabelLists,  # by sample id
         part: Part,  # of all labels, this rank's
+        digest: str,  # of all labels' texts
         side: LabelTokens | LabelRows,  # label texts, of all labels that may come, or classifiers
         hardness: Hardness,
     ) -> None:
         self._config, self._model, self._engine, self._ranks = config.loss, model, engine, ranks
         self._lists, self._part, self._hardness = lists, part, hardness
+        self._facts: dict[str, Any] = {"num_labels": part.num_classes, "texts": digest}
         self._tokens = side if isinstance(side, LabelTokens) else None
         self.rows = side if isinstance(side, LabelRows) else None
         self._over_all = config.labels.over == "all"
@@ -151,11 +155,19 @@ class LabelObjective:
         return self._hardness.histograms()
 
     def files(self) -> dict[str, Any]:
-        """The towers hold everything but classifiers."""
-        return {} if self.rows is None else state_files(self.rows, None)
+        """The towers hold everything but classifiers, and which labels they are of."""
+        files = {} if self.rows is None else state_files(self.rows, None)
+        return files | ({LABELS: self._facts} if self._ranks.is_first else {})
 
     def load(self, checkpoint: Path) -> None:
-        """Classifiers, where there are some."""
+        """Classifiers, where there are some. Raises ConfigError where labels had other texts."""
+        stored = json.loads((checkpoint / LABELS).read_text())
+        if stored != self._facts:
+            raise ConfigError(
+                f"{checkpoint} was trained on another label table ({stored['num_labels']:,} labels,"
+                f" this one has {self._part.num_classes:,}; texts {stored['texts'][:8]},"
+                f" {self._facts['texts'][:8]}): set labels.table as it was"
+            )
         if self.rows is not None:
             load_state(self.rows, checkpoint)
 
