@@ -96,7 +96,9 @@ def judge(config: Config, ranks: Ranks | None = None, model: nn.Module | None = 
     return results | {"passes": getattr(model, "passes", 0)}
 
 
-def embedded(folder: Path, *, flip: bool = False, turned: int = 0) -> tuple[np.ndarray, list[str], list[int]]:
+def embedded(
+    folder: Path, *, flip: bool = False, turned: int = 0
+) -> tuple[np.ndarray, list[str], list[int]]:
     """Rows, keys and labels, one image after the other."""
     index = load_index(str(folder / "faces/f-{0..2}.tar"), caption_key="")
     model, transform = Sketch().eval(), ImageTransform(16, None, resize_mode="squash")
