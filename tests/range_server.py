@@ -76,16 +76,19 @@ class _Answers(BaseHTTPRequestHandler):
                 return self._plain(416, {"Content-Range": f"bytes */{len(data)}"})
             body, status = data[start:end], 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        length, whole = len(body), True
+        # Decided before the client hears of it: what it sets next is for the next request.
+        if 0 <= faults.cut_after < length and faults.num_cuts > 0:
+            faults.num_cuts -= 1
+            body, whole = body[: faults.cut_after], False
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
         if faults.num_stalls > 0:
             faults.num_stalls -= 1
             time.sleep(faults.stall_s)
-        if 0 <= faults.cut_after < len(body) and faults.num_cuts > 0:
-            faults.num_cuts -= 1
-            body, self.close_connection = body[: faults.cut_after], True
+        self.close_connection = self.close_connection or not whole
         try:
             self.wfile.write(body)
         except OSError:
