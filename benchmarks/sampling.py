@@ -34,9 +34,11 @@ embedding_dim = 128
 name = "cosface"
 scale = 16.0
 margin = 0.1
+[centers]
+norm_bounds = [1.0, 1.0]
 [optim]
 name = "sgd"
-lr = 0.1
+lr = 0.05
 weight_decay = 5e-4
 [schedule]
 warmup = "50 steps"
