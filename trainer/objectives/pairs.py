@@ -43,7 +43,9 @@ class PairObjective:
         ids, caption_ids = self._identities(batch)
         if self._hardness.is_due(step):
             identities = {"ids": ids, "caption_ids": caption_ids}
-            self._hardness.measure_pairs(batch, step, images, texts, float(scale.detach()), identities)
+            self._hardness.measure_pairs(
+                batch, step, images, texts, float(scale.detach()), identities
+            )
         if self._config.name == "siglip":
             return siglip_loss(
                 images,
