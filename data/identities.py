@@ -110,15 +110,8 @@ def _from_ids(pieces: Iterable[Int64s]) -> Iterator[tuple[int, Int64s]]:
 
 
 def _no_label(index: Index, sample: int) -> DataError:
-    (entry,) = index.entries([sample])
-    told = [
-        problem.detail
-        for problem in index.problems
-        if (problem.kind, problem.shard, problem.key) == ("bad_label", entry.shard, entry.key)
-    ]
-    endings = ", ".join(part.ending for part in entry.parts)
-    why = told[0] if told else f"it has no integer label, only {endings}"
+    why = index.why_unlabelled(sample, "integer label")
     return DataError(
-        f"{entry.name}: {why}; classes need one for each image: repair or leave out the sample, or "
+        f"{why}; classes need one for each image: repair or leave out the sample, or "
         "set data.label_key to the ending of the label member"
     )

@@ -142,6 +142,19 @@ class Index:
         places = zip(wanted.tolist(), shards.tolist(), rows.tolist(), strict=True)
         return [self._entry(*place) for place in places]
 
+    def why_unlabelled(self, sample: int, missing: str) -> str:
+        """ "<name>: why" for an error: what was told of the sample's label, else that it has no
+        `missing`.
+        """
+        (entry,) = self.entries([sample])
+        told = [
+            problem.detail
+            for problem in self.problems
+            if (problem.kind, problem.shard, problem.key) == ("bad_label", entry.shard, entry.key)
+        ]
+        endings = ", ".join(part.ending for part in entry.parts)
+        return f"{entry.name}: " + (told[0] if told else f"it has no {missing}, only {endings}")
+
     def column(
         self,
         name: str,

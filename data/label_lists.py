@@ -108,15 +108,8 @@ def _offsets(counts: Int64s) -> Int64s:  # (n,) -> (n + 1,)
 
 
 def _no_list(index: Index, sample: int) -> DataError:
-    (entry,) = index.entries([sample])
-    told = [
-        problem.detail
-        for problem in index.problems
-        if (problem.kind, problem.shard, problem.key) == ("bad_label", entry.shard, entry.key)
-    ]
-    endings = ", ".join(part.ending for part in entry.parts)
-    why = told[0] if told else f"it has no list of labels, only {endings}"
+    why = index.why_unlabelled(sample, "list of labels")
     return DataError(
-        f"{entry.name}: {why}; texts against labels need the member `labels` with each text: "
+        f"{why}; texts against labels need the member `labels` with each text: "
         "nsphere pack xmc writes it"
     )
