@@ -16,6 +16,9 @@ STOPPED = 85
 BAD_INPUT = 2
 """Exit code when the command line, the configuration or the data must be mended first."""
 
+RANK_LOST = 86
+"""Exit code of a rank that left because another one died or fell silent: start again to go on."""
+
 _PR_SET_PDEATHSIG = 1
 
 

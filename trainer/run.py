@@ -30,6 +30,7 @@ FREE_KEYS = (
     "labels.top",
     "train.max_skipped",
     "checkpoint.",
+    "launch.",
     "log.",
     "eval.",
 )

@@ -280,6 +280,21 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this are kept for ever."""
     background: bool = False
     """Write while training goes on; the step waits only for the copy into host memory."""
+    remote: str = ""
+    """Folder of a remote store (fsspec URL, s3://bucket/run) that whole checkpoints are copied to,
+    and fetched from where the run folder has none."""
+
+
+class LaunchConfig(Section):
+    """How long ranks wait for each other, and what happens when one is lost."""
+
+    timeout: float = Field(default=300.0, gt=0)
+    """Seconds without progress after which a silent rank is given up: every other rank writes its
+    stack and last collective to its log, and leaves."""
+    start_timeout: float = Field(default=1800.0, gt=0)
+    """The same until the first step: the first rank indexes shards while the others wait."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts from the last checkpoint, without progress between them, before the job fails."""
 
 
 class LogConfig(Section):
@@ -306,6 +321,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    launch: LaunchConfig = LaunchConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
 
