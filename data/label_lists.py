@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,6 @@ from data.index import Index
 
 Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
-
-
-class Indexed(Protocol):
-    """What a `SampleSet` offers."""
-
-    @property
-    def indexes(self) -> tuple[Index, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -73,13 +66,13 @@ class LabelLists:
         return cls(_offsets(np.array([len(row) for row in found], np.int64)), ids)
 
 
-def load_label_lists(samples: Indexed) -> LabelLists:
-    """Labels of every sample, by id over all sources, from the index: 4 bytes each, 8 a sample.
+def load_label_lists(indexes: Sequence[Index]) -> LabelLists:
+    """Labels of every sample, by id over all sources, from their indexes: 4 bytes each, 8 a sample.
 
     A sample whose list is empty has none. Raises DataError naming a sample without a list of
     integers from 0 on.
     """
-    return _join([index_label_lists(index) for index in samples.indexes])
+    return _join([index_label_lists(index) for index in indexes])
 
 
 def index_label_lists(index: Index) -> LabelLists:

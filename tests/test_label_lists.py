@@ -17,7 +17,6 @@ from tars import loader_of, rows_of, write_tar
 
 from data.augment import ImageTransform
 from data.config import DataConfig
-from data.dataset import SampleSet
 from data.errors import DataError
 from data.filters import load_filter, read_filter
 from data.index import load_index
@@ -105,7 +104,7 @@ def test_lists_over_several_sources(tmp_path):
     write_tar(tmp_path / "a.tar", {"0": label_members([3, 1]), "1": label_members([])})
     write_tar(tmp_path / "b.tar", {"0": label_members([7])})
     indexes = [open_texts(str(tmp_path / name)) for name in ("a.tar", "b.tar")]
-    lists = load_label_lists(SampleSet(indexes, seed=0, weights=(1.0, 1.0)))
+    lists = load_label_lists(indexes)
     assert [lists.row(i) for i in range(3)] == [[1, 3], [], [7]]
     assert lists.num_labels == 8
 

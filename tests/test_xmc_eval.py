@@ -97,6 +97,67 @@ def embedded(config: Config) -> tuple[list[str], list[list[int]], torch.Tensor, 
     return [e.key for e in entries], [lists.row(i) for i in range(len(index))], queries, labels
 
 
+def votes_of_loops(
+    queries: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, of_texts: list, options
+) -> torch.Tensor:
+    """(n, L) float64 scores with votes, one query and one text at a time."""
+    scores = torch.zeros(len(queries), len(labels), dtype=torch.float64)
+    mean = sum(map(len, of_texts)) / len(of_texts)
+    for row, query in enumerate(queries.double()):
+        own = (labels.double() @ query / options.temperature).softmax(0)
+        scores[row] += (1 - options.weight) * mean * own
+        cosines = texts.double() @ query
+        nearest = cosines.float().sort(descending=True, stable=True).indices[: options.count]
+        shares = (cosines[nearest].float().double() / options.temperature).softmax(0)
+        for share, text in zip(shares.tolist(), nearest.tolist(), strict=True):
+            for label in of_texts[text]:
+                scores[row, label] += options.weight * share
+    return scores
+
+
+@pytest.mark.parametrize("count", [1, 7, 500])
+def test_votes_of_nearest_texts_equal_loops(tmp_path, count):
+    votes = {"count": count, "weight": 0.6, "temperature": 0.1}
+    predictions = tmp_path / "p.parquet"
+    config = label_config(
+        tmp_path, eval={"neighbours": votes, "predictions": str(predictions)}, labels={"top": 23}
+    )
+    assert evaluated(None, config)["num_xmc_neighbours"] == count
+    trained = parse_config(
+        {
+            **config.model_dump(),
+            "data": {**config.data.model_dump(), "val_shards": config.data.shards},
+        },
+        "x",
+    )
+    _, of_texts, texts, labels = embedded(trained)
+    keys, _, queries, _ = embedded(config)
+    wanted = votes_of_loops(queries, labels, texts, of_texts, config.eval.neighbours)
+    found = read_predictions(predictions)
+    for row, key in enumerate(keys):
+        ranked, scores = found[key]
+        assert scores == pytest.approx(wanted[row].sort(descending=True).values.tolist(), abs=1e-6)
+        assert wanted[row][ranked].tolist() == pytest.approx(scores, abs=1e-6)
+    for world_size in (2, 3):
+        run_ranks(world_size, evaluated, config)
+        again = read_predictions(predictions)
+        assert again.keys() == found.keys()
+        for key, (_, scores) in again.items():  # towers round by the shape of a batch
+            assert scores == pytest.approx(found[key][1], abs=1e-6)
+
+
+def test_votes_need_training_texts(tmp_path):
+    table = label_config(tmp_path).data.shards.replace("t-{0..2}.tar", "labels.parquet")
+    config = label_config(
+        tmp_path,
+        eval={"neighbours": {"count": 3}},
+        data={"shards": ""},
+        labels={"table": table},
+    )
+    with pytest.raises(ConfigError, match=r"count = 3: training texts vote.*--data.shards="):
+        evaluated(None, config)
+
+
 def test_figures_of_a_model_equal_loops(tmp_path):
     config = label_config(tmp_path, eval={"predictions": str(tmp_path / "p.parquet")})
     numbers = evaluated(None, config)

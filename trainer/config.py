@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from data.config import DataConfig, NegativesConfig
-from trainer.eval_section import EvalConfig, HnswConfig
+from trainer.eval_section import EvalConfig, HnswConfig, NeighboursConfig
 from trainer.model_section import ModelConfig
 from trainer.sections import (
     CENTER_LOSSES,
@@ -46,6 +46,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "NegativesConfig",
+    "NeighboursConfig",
     "OptimConfig",
     "ScheduleConfig",
     "TrainConfig",

@@ -25,6 +25,17 @@ class HnswConfig(Section):
     """About so many queries are answered exactly too, for the recall that is told."""
 
 
+class NeighboursConfig(Section):
+    """Votes of a query's nearest training texts (RAE-XMC, Wang et al. 2025, arXiv 2502.10615)."""
+
+    count: int = Field(default=0, ge=0)
+    """Training texts that vote for their labels; 0: none. Reads `data.shards`."""
+    temperature: float = Field(default=0.04, gt=0)
+    """Of the softmax over the cosines of texts, and over those of labels."""
+    weight: float = Field(default=0.5, ge=0, le=1)
+    """Share of the votes in a label's score."""
+
+
 class EvalConfig(Section):
     """Evaluation of `data.val_shards` while training and in `nsphere eval`."""
 
@@ -67,6 +78,7 @@ class EvalConfig(Section):
     index: Literal["exact", "hnsw"] = "exact"
     """xmc: score every label, or walk a graph of them (`[eval.hnsw]`) whose recall is told."""
     hnsw: HnswConfig = HnswConfig()
+    neighbours: NeighboursConfig = NeighboursConfig()
     predictions: str = ""
     """xmc: Parquet file for the predictions (key, labels, scores); empty: none."""
     roc: str = ""

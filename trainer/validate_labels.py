@@ -4,7 +4,7 @@ What `trainer/validate.py` is for the other tasks.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -16,20 +16,27 @@ from torch import Tensor, nn
 from data.errors import DataError
 from data.filters import load_filter
 from data.index import Index, build_index
-from data.label_lists import LabelLists, index_label_lists
+from data.label_lists import LabelLists, index_label_lists, load_label_lists
 from data.label_table import LabelTable, find_label_table, read_label_table
-from data.loader import iter_eval_batches
+from data.loader import EvalBatch, iter_eval_batches
 from data.rows import Keys
 from data.shards import expand_shards, local_path
 from trainer.centers.parts import Part
 from trainer.config import Config, ConfigError
 from trainer.evaluate.towers import Towers
-from trainer.evaluate.xmc import LabelFacts, RowsOfLabels, evaluate_labels
+from trainer.evaluate.xmc import (
+    LabelFacts,
+    RowsOfLabels,
+    RowsOfTexts,
+    embed_queries,
+    evaluate_labels,
+)
 from trainer.evaluate.xmc_file import check_place
+from trainer.evaluate.xmc_neighbours import TrainingTexts
 from trainer.models.texts import TextModel
 from trainer.models.texts.label_texts import tokenize_labels
 from trainer.ranks import Ranks
-from trainer.samples import Progress
+from trainer.samples import Progress, index_shards
 
 FILTER = "filter_labels_test.txt"  # as the extreme classification repository calls it
 _AT_ONCE = 4096  # label texts that are embedded together, at most
@@ -105,6 +112,7 @@ class LabelValidation:
     part: Part  # of all labels, this rank's
     label_rows: RowsOfLabels
     autocast: torch.dtype | None
+    training_texts: RowsOfTexts | None
 
     @classmethod
     def build(
@@ -121,20 +129,13 @@ class LabelValidation:
         table = content.facts.table
         part = Part.of_rank(table.num_labels, ranks.rank, ranks.world_size)
         rows = _embed(table, model, part) if classifiers is None else _take(classifiers, part)
-        return cls(config, ranks, content, model, part, rows, autocast)
+        voters = _Voters.open(config, model, ranks) if config.eval.neighbours.count else None
+        return cls(config, ranks, content, model, part, rows, autocast, voters)
 
     def __call__(self, module: nn.Module) -> dict[str, float]:
         """The numbers of task xmc; collective, the same on every rank."""
         config, ranks = self.config, self.ranks
-        batches = iter_eval_batches(
-            self.content.index,
-            config.data,
-            image_transform=None,
-            tokenizer_spec=self.model.tokenizer_spec,
-            batch_size=config.eval.batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
+        batches = _batches(self.content.index, config, self.model, ranks)
         return evaluate_labels(
             module,
             batches,
@@ -142,11 +143,56 @@ class LabelValidation:
             self.content.facts,
             self.part.start,
             self.label_rows,
-            config.eval,
-            config.labels,
+            config,
             ranks,
             autocast=self.autocast,
+            training_texts=self.training_texts,
         )
+
+
+def _batches(index: Index, config: Config, model: TextModel, ranks: Ranks) -> Iterator[EvalBatch]:
+    return iter_eval_batches(
+        index,
+        config.data,
+        image_transform=None,
+        tokenizer_spec=model.tokenizer_spec,
+        batch_size=config.eval.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+@dataclass(frozen=True)
+class _Voters:
+    """All training texts, embedded anew at each call."""
+
+    config: Config
+    model: TextModel
+    ranks: Ranks
+    indexes: tuple[Index, ...]
+    lists: LabelLists
+
+    @classmethod
+    def open(cls, config: Config, model: TextModel, ranks: Ranks) -> Self:
+        """ConfigError where no training shards are named, DataError where they cannot be read."""
+        sources = config.data.all_sources()
+        if not sources:
+            raise ConfigError(
+                f"eval.neighbours.count = {config.eval.neighbours.count}: training texts vote, so "
+                "name their shards: --data.shards=train-{000..007}.tar"
+            )
+        indexes = tuple(index_shards(source.shards, config) for source in sources)
+        return cls(config, model, ranks, indexes, load_label_lists(indexes))
+
+    def __call__(self, towers: Towers) -> TrainingTexts:
+        parts, ids, first = [], [], 0
+        for index in self.indexes:
+            found = embed_queries(towers, _batches(index, self.config, self.model, self.ranks))
+            parts.append(found.rows)
+            ids.append(found.ids + first)
+            first += len(index)
+        device = self.ranks.device
+        return TrainingTexts(torch.cat(parts), torch.cat(ids).to(device), self.lists)
 
 
 def _embed(table: LabelTable, model: TextModel, part: Part) -> RowsOfLabels:

@@ -1,7 +1,8 @@
 """Texts against labels: every query's best labels among all there are, and how right they are.
 
 What `nsphere eval --task xmc` tells and training in between. A query is a sample's first text; its
-scores are cosines with the labels' rows, which a tower makes of their texts or classifiers are. The
+scores are cosines with the labels' rows, which a tower makes of their texts or classifiers are,
+mixed, if `eval.neighbours` says so, with the votes of the nearest training texts. The
 protocol is told with the figures: propensities by `labels.propensity` and the label table's counts
 of the training points, pairs of the filter list taken out before the first k are cut, of equal
 scores the lower label first.
@@ -25,7 +26,7 @@ from data.label_lists import LabelLists
 from data.label_table import LabelTable
 from data.loader import EvalBatch
 from trainer.collectives import max_over_ranks, sum_over_ranks
-from trainer.config import EvalConfig, LabelsConfig
+from trainer.config import Config, EvalConfig, LabelsConfig
 from trainer.evaluate.towers import Towers
 from trainer.evaluate.xmc_file import write_predictions
 from trainer.evaluate.xmc_hnsw import approximate_labels, recall_of
@@ -36,11 +37,15 @@ from trainer.evaluate.xmc_metrics import (
     inverse_propensities,
     label_metrics,
 )
+from trainer.evaluate.xmc_neighbours import TrainingTexts, add_votes
 from trainer.evaluate.xmc_search import Pairs, top_labels
 from trainer.ranks import Ranks
 
 RowsOfLabels = Callable[[Towers], Tensor]
 """(m, d) unit rows of this rank's part of the labels, as they are now. Collective."""
+
+RowsOfTexts = Callable[[Towers], TrainingTexts]
+"""The training texts that vote, as they are embedded now. Collective."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,24 @@ def evaluate_labels(
     facts: LabelFacts,
     first_label: int,  # of this rank's part
     label_rows: RowsOfLabels,
-    config: EvalConfig,
-    options: LabelsConfig,
+    config: Config,
     ranks: Ranks,
     *,
     autocast: torch.dtype | None = None,
+    training_texts: RowsOfTexts | None = None,
 ) -> dict[str, float]:
     """Plain numbers over all queries of all ranks; the same dict on every rank.
 
     The model is in evaluation mode meanwhile. Writes `eval.predictions`. Raises DataError when
     there is nothing to evaluate. Collective.
     """
-    towers = Towers(model, ranks, batch_size=config.batch_size, autocast=autocast)
+    towers = Towers(model, ranks, batch_size=config.eval.batch_size, autocast=autocast)
     was_training = model.training
     model.eval()
     try:
         queries = embed_queries(towers, batches)
         rows = label_rows(towers).to(ranks.device)
+        voters = training_texts(towers) if training_texts is not None else None
     finally:
         model.train(was_training)
     device = ranks.device
@@ -92,18 +98,28 @@ def evaluate_labels(
     if num_texts == 0:
         raise DataError("there is no sample to evaluate")
     label_ids = first_label + torch.arange(len(rows), device=device)
-    search = _Search(rows, label_ids, options.top, config, ranks.group)
+    search = _Search(rows, label_ids, config.labels.top, config.eval, ranks.group)
     left_out = _pairs(facts.left_out.of(queries.ids.numpy()), device)
     (scores, found), of_search = search.run(queries, left_out, num_texts)
-    if config.predictions:
+    if voters is not None:
+        scores, found = add_votes(
+            queries.rows,
+            (scores, found),
+            voters,
+            config.eval.neighbours,
+            ranks.group,
+            left_out=left_out,
+        )
+        of_search["num_xmc_neighbours"] = config.eval.neighbours.count
+    if config.eval.predictions:
         keys = [entry.key for entry in index.entries(queries.ids.numpy())]
-        write_predictions(Path(config.predictions), keys, found, scores, ranks)
+        write_predictions(Path(config.eval.predictions), keys, found, scores, ranks)
     truth = _truth(facts.lists.of(queries.ids.numpy()), device)
     num_hidden = sum_over_ranks(torch.tensor(len(left_out.rows), device=device), ranks.group)
     return {
         "num_texts": num_texts,
         "num_bad": num_bad,
-        **_scored(found, truth, facts.table, options, ranks),
+        **_scored(found, truth, facts.table, config.labels, ranks),
         **of_search,
         "num_xmc_filtered": int(num_hidden),
     }

@@ -51,7 +51,7 @@ def build_label_objective(
 
 def load_labels(config: Config, samples: SampleSet) -> tuple[LabelLists, LabelTable]:
     """Labels of each sample, and the table of all. Raises DataError where they do not fit."""
-    lists, table = load_label_lists(samples), load_label_table(config)
+    lists, table = load_label_lists(samples.indexes), load_label_table(config)
     table.check_ids(lists.num_labels, "the training data")
     if not len(lists.ids):
         raise DataError(f"none of {lists.num_rows:,} training samples has a label")
