@@ -19,7 +19,7 @@ from data.errors import DataError
 _MAX_WORDS = 1 << 20
 _WORD = re.compile(r"[^\W_]+")
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
-_OPTIONS = {"buckets": 1 << 16, "ngrams": 1, "skip": 0}
+_OPTIONS = {"buckets": 1 << 16, "ngrams": 1, "skip": 0, "placed_words": 0}
 
 # Odd constants of splitmix64 (Steele, Lea and Flood 2014).
 _STEP, _FIRST, _SECOND = (
@@ -30,17 +30,21 @@ _STEP, _FIRST, _SECOND = (
 class WordTokenizer:
     """Texts -> (n, T) int64: words in the order of the text, then pairs, then zeros.
 
-    A number is 1 + hash mod (buckets - 1), so 0 is padding alone. With `ngrams` = 2 the pairs of
-    neighbours follow the words, then the pairs with one word between them, up to `skip` words; a
+    A number is 1 + hash mod (buckets - 1), so 0 is padding alone. The first `placed_words` words
+    follow once more, each with another number at each place. With `ngrams` = 2 the pairs of
+    neighbours come then, then the pairs with one word between them, up to `skip` words; a
     pair has one number at any distance. What does not fit into T is cut: pairs before words. A
     text without a word is a row of zeros.
     """
 
-    def __init__(self, context_length: int, *, buckets: int, ngrams: int, skip: int) -> None:
+    def __init__(
+        self, context_length: int, *, buckets: int, ngrams: int, skip: int, placed_words: int = 0
+    ) -> None:
         for name, value, least in (
             ("context_length", context_length, 1),
             ("buckets", buckets, 2),
             ("skip", skip, 0),
+            ("placed_words", placed_words, 0),
         ):
             if value < least:
                 raise DataError(f"words tokenizer: {name} = {value}, and {least} is the least")
@@ -48,6 +52,7 @@ class WordTokenizer:
             raise DataError(f"words tokenizer: ngrams = {ngrams}: 1 (words) or 2 (and pairs)")
         self.context_length = context_length
         self.buckets = buckets
+        self._placed_words = placed_words
         self._distances = range(1, skip + 2) if ngrams == 2 else range(0)
         self._hashes = _Hashes()
 
@@ -78,6 +83,12 @@ class WordTokenizer:
         places = np.arange(len(hashes)) - np.repeat(np.cumsum(counts) - counts, counts)
         rows[owners, places] = self._numbers(hashes)
         used = counts.copy()
+        first = np.flatnonzero(places < self._placed_words)
+        at = used[owners[first]] + places[first]
+        first, at = first[at < self.context_length], at[at < self.context_length]
+        placed = _mixed(hashes[first] * _FIRST + places[first].astype(np.uint64))
+        rows[owners[first], at] = self._numbers(placed)
+        used += np.minimum(counts, self._placed_words)
         for distance in self._distances:
             follows = places + distance < counts[owners]
             at = used[owners] + places

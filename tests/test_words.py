@@ -20,16 +20,24 @@ def word_hash(word):
 
 
 def pair_hash(one, other):
-    x = (word_hash(one) * 0x9E3779B97F4A7C15 + word_hash(other)) % WORD
+    return mixed((word_hash(one) * 0x9E3779B97F4A7C15 + word_hash(other)) % WORD)
+
+
+def mixed(x):
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % WORD
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % WORD
     return x ^ (x >> 31)
 
 
-def slow_row(text, length, buckets, ngrams, skip):
+def placed_hash(word, place):
+    return mixed((word_hash(word) * 0xBF58476D1CE4E5B9 + place) % WORD)
+
+
+def slow_row(text, length, buckets, ngrams, skip, placed):
     """One row, word by word."""
-    words = re.findall("[a-z0-9]+", text.lower())
+    words = re.findall("[a-z0-9]+", text.lower())[:length]
     numbers = [word_hash(word) for word in words]
+    numbers += [placed_hash(word, place) for place, word in enumerate(words[:placed])]
     for distance in range(1, skip + 2) if ngrams == 2 else ():
         numbers += [pair_hash(*pair) for pair in zip(words, words[distance:], strict=False)]
     row = [1 + number % (buckets - 1) for number in numbers][:length]
@@ -43,13 +51,18 @@ def slow_row(text, length, buckets, ngrams, skip):
     buckets=st.sampled_from([2, 3, 50, 1 << 16, 1 << 40]),
     ngrams=st.sampled_from([1, 2]),
     skip=st.integers(0, 3),
+    placed=st.integers(0, 5),
 )
-def test_rows_are_words_then_pairs(texts, length, buckets, ngrams, skip):
-    tokenizer = WordTokenizer(length, buckets=buckets, ngrams=ngrams, skip=skip)
+def test_rows_are_words_then_pairs(texts, length, buckets, ngrams, skip, placed):
+    tokenizer = WordTokenizer(
+        length, buckets=buckets, ngrams=ngrams, skip=skip, placed_words=placed
+    )
     rows = tokenizer(texts)
     assert rows.shape == (len(texts), length) and rows.dtype == torch.int64
     # Words that do not fit cut the pairs, too: a slow row lists all words before any pair.
-    assert rows.tolist() == [slow_row(text, length, buckets, ngrams, skip) for text in texts]
+    assert rows.tolist() == [
+        slow_row(text, length, buckets, ngrams, skip, placed) for text in texts
+    ]
 
 
 def test_numbers_are_the_same_for_ever():
@@ -88,7 +101,8 @@ def test_numbers_spread_over_the_buckets():
         (8, {"buckets": 1}, "buckets = 1"),
         (8, {"ngrams": 3}, "ngrams = 3"),
         (8, {"skip": -1}, "skip = -1"),
-        (8, {"bucket": 9}, "no option bucket; there are buckets, ngrams, skip"),
+        (8, {"placed_words": -1}, "placed_words = -1"),
+        (8, {"bucket": 9}, "no option bucket; there are buckets, ngrams, skip, placed_words"),
     ],
 )
 def test_bad_options(length, options, words):

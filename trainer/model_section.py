@@ -34,6 +34,8 @@ class ModelConfig(Section):
     """Text tower bag: 2 takes pairs of words too."""
     skip: int = Field(default=0, ge=0)
     """Text tower bag: words that may stand between a pair's."""
+    placed_words: int = Field(default=0, ge=0)
+    """Text tower bag: first words that count once more, as words of their place."""
     shared_towers: bool = True
     """Texts and labels are embedded by one text tower, or by two."""
     image_size: int = Field(default=0, ge=0)

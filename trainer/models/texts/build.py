@@ -116,7 +116,9 @@ def _bag(config: ModelConfig) -> Kind:
         raise ConfigError(
             f"model.skip = {config.skip} is about pairs of words: set model.ngrams = 2"
         )
-    return Kind(build, _words(config, config.ngrams, config.skip), config.embedding_dim)
+    pairs = (("ngrams", config.ngrams), ("skip", config.skip))
+    spec = _words(config, *pairs, ("placed_words", config.placed_words))
+    return Kind(build, spec, config.embedding_dim)
 
 
 def _transformer(config: ModelConfig) -> Kind:
@@ -137,12 +139,12 @@ def _transformer(config: ModelConfig) -> Kind:
             drop_path=config.drop_path,
         )
 
-    return Kind(build, _words(config, 1, 0), config.embedding_dim)
+    return Kind(build, _words(config), config.embedding_dim)
 
 
-def _words(config: ModelConfig, ngrams: int, skip: int) -> TokenizerSpec:
+def _words(config: ModelConfig, *more: tuple[str, int]) -> TokenizerSpec:
     """Words hashed into the rows of a table, 0 being padding."""
-    options = (("buckets", config.buckets), ("ngrams", ngrams), ("skip", skip))
+    options = (("buckets", config.buckets), *more)
     return TokenizerSpec("words", context_length=config.context_length, options=options)
 
 
