@@ -12,9 +12,10 @@ from ranks import run_ranks
 from trainer.centers import ClassCenters
 from trainer.centers.files import StoredCenters, load_state, state_files
 from trainer.centers.identities import NameTable
-from trainer.checkpoint import CheckpointFolder, TrainState, find_newest
+from trainer.checkpoint import TrainState, find_newest
 from trainer.config import Config, ConfigError, dump_config, parse_config
 from trainer.ranks import Ranks
+from trainer.saving import CheckpointFolder
 
 C, D, N, STEPS = 11, 6, 13, 3
 CASES = {

@@ -13,10 +13,9 @@ import torch
 from ranks import run_ranks
 from tiny_runs import read_losses, tiny_config, train_rank
 
-from trainer import checkpoint, durable
+from trainer import durable
 from trainer.checkpoint import (
     CheckpointError,
-    CheckpointFolder,
     TrainState,
     check,
     find_checkpoint,
@@ -24,6 +23,7 @@ from trainer.checkpoint import (
     list_steps,
 )
 from trainer.ranks import Ranks
+from trainer.saving import CheckpointFolder
 
 
 def save_some(folder: Path, steps: range, **options) -> CheckpointFolder:
@@ -138,7 +138,6 @@ def die_inside_save(group, folder: str, after_bytes: int) -> None:
         return write(self, data)
 
     durable.HashingFile.write = dying_write
-    checkpoint.RECORD_TIMEOUT_S = 3.0
     saver.save(TrainState("f", ranks.world_size, 1, step=2), "", files)
 
 

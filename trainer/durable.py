@@ -1,9 +1,12 @@
 """Files that are on the disk when they are said to be, with the checksum of what was meant."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 _PIECE = 2**26  # bytes written or copied from a device at a time
+_MOST_KEPT = 2**24  # bytes of lines that a full disk has refused
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -25,6 +29,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+logger = logging.getLogger("nsphere.durable")
+
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -169,6 +175,63 @@ def _torch_save(item: Any, hashing: HashingFile) -> None:
         if hashing.error is not None:
             raise hashing.error from None
         raise
+
+
+class LineFile:
+    """A file of lines that outlives a full disk: what it refuses is kept, and written later.
+
+    A refusal is a warning, once until it is over; it never raises. Close loses what is still kept,
+    with a warning that says how much.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending; raises OSError."""
+        self._path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._kept = bytearray()
+        self._dropped = 0  # lines
+        self._refused = False
+
+    def write(self, line: str) -> None:
+        """Append a line, after those that could not be written before."""
+        if len(self._kept) < _MOST_KEPT:
+            self._kept += line.encode() + b"\n"
+        else:
+            self._dropped += 1
+        try:
+            while self._kept:
+                del self._kept[: os.write(self._fd, self._kept)]
+        except OSError as error:
+            if not self._refused:
+                logger.warning(
+                    "%s: %s: its lines are kept in memory until they can be written",
+                    *(self._path, error.strerror),
+                )
+            self._refused = True
+            return
+        if self._refused:
+            lost = f", {self._dropped} are lost" if self._dropped else ""
+            logger.warning("%s: the lines that were kept are written%s", self._path, lost)
+            self._refused, self._dropped = False, 0
+
+    def close(self) -> None:
+        """Close; a second call does nothing."""
+        if self._fd < 0:
+            return
+        lost = self._kept.count(b"\n") + self._dropped
+        if lost:
+            logger.warning("%s: %d lines could not be written and are lost", self._path, lost)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder; what refuses stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

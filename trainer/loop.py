@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from data.loader import Batch, TrainLoader
 from trainer.buffers import average_buffers
-from trainer.checkpoint import CheckpointFolder, TrainState, list_steps, step_name
+from trainer.checkpoint import TrainState, list_steps, step_name
 from trainer.config import Config, dump_config
 from trainer.duration import Duration
 from trainer.ema import WeightAverage
@@ -28,9 +28,11 @@ from trainer.objectives import Model, Objective
 from trainer.planning import Planning
 from trainer.ranks import Ranks
 from trainer.run import write_samples
+from trainer.saving import CheckpointFolder
 from trainer.schedule import learning_rate
 from trainer.step import StepOutput, Stepper
 from trainer.validate import Evaluation
+from trainer.watch import Progress
 
 COSINES_EVERY_LINES = 20  # a histogram of cosines for so many logged steps
 
@@ -101,6 +103,7 @@ class Loop:
     epoch_samples: int
     clock: StepClock
     planning: Planning | None = None
+    progress: Progress = field(default_factory=Progress)
     _last_save: float = 0.0
 
     def run(self, loader: TrainLoader, state: TrainState, stop: Callable[[], bool]) -> TrainState:
@@ -108,29 +111,37 @@ class Loop:
         self._last_save = time.monotonic()
         saved_step = state.step
         if self.planning is not None:
-            self.planning.begin(self.engine.forward_model(), state.step)
+            with self.progress.long("plan"):
+                self.planning.begin(self.engine.forward_model(), state.step)
         self.clock.restart()
         for batch in loader.batches(state.step, self.plan.total_steps - state.step):
             self.clock.mark("data_wait")
             output = self.stepper(batch, state.step, self._learning_rate(state))
             agreed = self._agree(output, batch, stop)
             state = self._advance(state, output, agreed)
+            self.progress.reached(state.step)
             if self.planning is not None:
-                module = self.engine.forward_model()
-                self.planning.after_step(module, state.step, batch, output)
+                with self.progress.long("plan"):
+                    module = self.engine.forward_model()
+                    self.planning.after_step(module, state.step, batch, output)
                 self.clock.mark("planning")
+            if self.checkpoints.poll():
+                self.clock.mark("checkpoint")
             self._record(state, batch, output, agreed)
             last = state.step == self.plan.total_steps
             if last or _is_due(state.step, self.plan.eval_every):
-                self._evaluate(state)
+                with self.progress.long("evaluation"):
+                    self._evaluate(state)
             if last or agreed.stop or agreed.save or _is_due(state.step, self.plan.save_every):
-                self._save(state)
+                with self.progress.long("save"):
+                    self._save(state)
                 saved_step = state.step
             if agreed.stop:
                 break
-        if state.step != saved_step:
-            self._save(state)
-        self.checkpoints.wait()
+        with self.progress.long("save"):
+            if state.step != saved_step:
+                self._save(state)
+            self.checkpoints.wait()
         return state
 
     def _learning_rate(self, state: TrainState) -> float:

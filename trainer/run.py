@@ -4,15 +4,26 @@ RUN/config.toml, RUN/samples/step-*.json, RUN/log/rank-*.log, RUN/.lock. Metrics
 `trainer/metrics.py`'s, checkpoints `trainer/checkpoint.py`'s.
 """
 
-import fcntl
 import json
 import logging
 import os
-import socket
+import time
+import tomllib
 from pathlib import Path
-from typing import IO
 
-from trainer.config import Config, ConfigError, differing_keys, dump_config, load_config
+import torch.distributed as dist
+
+from trainer.config import (
+    Config,
+    ConfigError,
+    differing_keys,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from trainer.lock import LOCK_FILE, RunLock, read_owner
+from trainer.ranks import Ranks
+from trainer.remote import Remote
 
 # What may differ when a run goes on: none of these changes what is learnt from which samples. Where
 # shards lie may change too: the fingerprint in each checkpoint says whether they are the same data.
@@ -35,10 +46,12 @@ FREE_KEYS = (
     "eval.",
 )
 STOPPED_MARKER = ".stopped"
+VISIBLE_S = 30.0  # after which what rank 0 wrote must be seen by every node
 
 
 def check_config(run: Path, config: Config, *, resume: bool) -> None:
     """Raise ConfigError if `run` holds another run's work, saying which keys differ."""
+    remote_of(config, run)
     path = run / "config.toml"
     started = path.exists() or (run / "checkpoints").exists()
     if started and not resume:
@@ -48,13 +61,7 @@ def check_config(run: Path, config: Config, *, resume: bool) -> None:
         )
     if not path.exists():
         return
-    keys = [
-        line
-        for line in differing_keys(load_config(path), config)
-        if not any(
-            line.split(":")[0] == k or (k[-1] == "." and line.startswith(k)) for k in FREE_KEYS
-        )
-    ]
+    keys = _differences(load_config(path), config)
     if keys:
         raise ConfigError(
             f"{run} belongs to a run of another configuration ({'; '.join(keys)}): "
@@ -62,30 +69,116 @@ def check_config(run: Path, config: Config, *, resume: bool) -> None:
         )
 
 
-def open_run(run: Path, config: Config) -> IO[str]:
-    """Make the folder, take its lock, write config.toml; the lock lasts while the file is open.
+def remote_of(config: Config, run: Path) -> Remote | None:
+    """The remote store of the run's checkpoints, if it has one; not asked for anything yet.
 
-    Raises ConfigError naming the owner when another process holds the run.
+    Raises ConfigError for a URL, a driver or a place that cannot be.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = (run / ".lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        lock.close()
+    url = config.checkpoint.remote
+    if not url:
+        return None
+    remote, here = Remote(url), (run / "checkpoints").resolve()
+    there = remote.local_path()
+    if there is not None and (here == there.resolve() or here in there.resolve().parents):
         raise ConfigError(
-            f"{run} is in use by {owner}: wait for it, or name another --run"
+            f"checkpoint.remote = {url!r} is the run's own checkpoints folder: name another place"
+        )
+    return remote
+
+
+def check_remote_config(url: str, config: Config, stored: str) -> None:
+    """Raise ConfigError if `stored`, config.toml of a remote checkpoint, is another run's."""
+    try:
+        keys = _differences(parse_config(tomllib.loads(stored), url), config)
+    except ValueError as error:
+        keys = [f"its config.toml is not of this version: {error}"]
+    if keys:
+        raise ConfigError(
+            f"checkpoint.remote = {url!r} belongs to a run of another configuration "
+            f"({'; '.join(keys)}): name another place, or go on with the old values"
+        )
+
+
+def _differences(other: Config, config: Config) -> list[str]:
+    """Keys that may not differ when a run goes on."""
+    return [
+        line
+        for line in differing_keys(other, config)
+        if not any(
+            line.split(":")[0] == k or (k[-1] == "." and line.startswith(k)) for k in FREE_KEYS
+        )
+    ]
+
+
+def open_run(run: Path, config: Config) -> RunLock:
+    """Make the folder, take its lock, write config.toml; the lock lasts until it is closed.
+
+    Raises ConfigError naming the owner when another process holds the run, and saying what the
+    system refuses where the folder cannot be written.
+    """
+    lock = None
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run / LOCK_FILE)
+        _write_first(run, config)
+    except OSError as error:
+        if lock is not None:
+            lock.close()
+        raise ConfigError(
+            f"{run}: this run cannot write there ({error.filename or run}: {error.strerror}, as "
+            f"user {os.geteuid()}): mend that, or name another folder with --run"
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    return lock
+
+
+def _write_first(run: Path, config: Config) -> None:
+    """config.toml, and a try at each folder that the run will write."""
     (run / STOPPED_MARKER).unlink(missing_ok=True)
     beside = run / ".config.toml"
     beside.write_text(dump_config(config))
     beside.replace(run / "config.toml")
+    for name in ("checkpoints", "log"):
+        (run / name).mkdir(exist_ok=True)
+        probe = run / name / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+
+
+def open_run_together(run: Path, config: Config, ranks: Ranks) -> RunLock | None:
+    """`open_run` on the first rank, told to all: each raises what it raised.
+
+    Raises ConfigError too on a rank that does not see what the first one wrote: the folder must lie
+    on a file system that all nodes share.
+    """
+    lock, told = None, ""
+    if ranks.is_first:
+        try:
+            lock = open_run(run, config)
+        except ConfigError as error:
+            told = str(error)
+    words: list[str] = [told, lock.token if lock is not None else ""]
+    dist.broadcast_object_list(words, group=ranks.group, group_src=0)
+    if words[0]:
+        raise ConfigError(words[0])
+    blind: list[bool] = [False] * ranks.world_size
+    dist.all_gather_object(blind, not _sees(run, words[1]), group=ranks.group)
+    if any(blind):
+        if lock is not None:
+            lock.close()
+        raise ConfigError(
+            f"rank {blind.index(True)} does not see what rank 0 writes to {run}: the run folder "
+            "must be on a file system that all nodes share; name one with --run"
+        )
     return lock
+
+
+def _sees(run: Path, token: str) -> bool:
+    until = time.monotonic() + VISIBLE_S
+    while (owner := read_owner(run / LOCK_FILE)) is None or owner.token != token:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def log_to_file(run: Path, rank: int) -> None:

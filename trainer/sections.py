@@ -280,6 +280,9 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this are kept for ever."""
     background: bool = False
     """Write while training goes on; the step waits only for the copy into host memory."""
+    max_refused: int = Field(default=3, ge=0)
+    """Saves in a row that the disk may refuse, with a warning each, before the run ends; the last
+    save of a run must succeed."""
     remote: str = ""
     """Folder of a remote store (fsspec URL, s3://bucket/run) that whole checkpoints are copied to,
     and fetched from where the run folder has none."""

@@ -7,19 +7,21 @@ which calls the step (`trainer/step.py`), which calls towers and loss.
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from data.augment import ImageTransform
 from data.dataset import SampleSet
 from data.loader import TrainLoader
-from trainer.checkpoint import CheckpointFolder, TrainState, load_averages, load_state, portable
+from trainer.checkpoint import TrainState, load_averages, load_state, portable
 from trainer.config import Config, ConfigError
 from trainer.dropout import make_dropout_keyed
 from trainer.ema import WeightAverage
 from trainer.engine import Engine
+from trainer.life import failure_recorded, record_end, record_start
+from trainer.lock import RunLock
 from trainer.loop import Loop, Plan
 from trainer.metrics import MetricsWriter, StepClock
 from trainer.models.batch_norm import make_batch_norm_global
@@ -27,10 +29,12 @@ from trainer.objectives import Model, Objective, build_model, build_objective
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.planning import Planning, clusters_of
 from trainer.ranks import Ranks
-from trainer.run import check_config, log_to_file, open_run
+from trainer.run import check_config, check_remote_config, log_to_file, open_run_together, remote_of
 from trainer.samples import check_fit, load_samples
+from trainer.saving import CheckpointFolder
 from trainer.step import Stepper
 from trainer.validate import AUTOCAST, Evaluation, build_validation
+from trainer.watch import Progress, watching
 
 logger = logging.getLogger("nsphere.train")
 
@@ -58,20 +62,34 @@ def train(
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     torch.use_deterministic_algorithms(config.train.deterministic)
     check_config(run, config, resume=resume)
-    lock = open_run(run, config) if ranks.is_first else None
-    dist.barrier(group=ranks.group)
+    lock = open_run_together(run, config, ranks)
+    try:
+        with failure_recorded(run, ranks), watching(run, ranks, config.launch) as progress:
+            return _train(config, run, ranks, lock, progress, resume=resume, stop=stop)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _train(
+    config: Config,
+    run: Path,
+    ranks: Ranks,
+    lock: RunLock | None,
+    progress: Progress,
+    *,
+    resume: bool,
+    stop: Callable[[], bool],
+) -> bool:
     log_to_file(run, ranks.rank)
     samples = load_samples(config, ranks)
     check_fit(config, samples, ranks.world_size)
     plan = Plan.build(config, samples.epoch_samples)
-    checkpoints = CheckpointFolder(
-        run / "checkpoints",
-        ranks,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=plan.keep_every,
-        background=config.checkpoint.background,
+    checkpoints = _open_checkpoints(config, run, ranks, plan, lock, progress)
+    found = checkpoints.newest(
+        resume=resume,
+        check_config=partial(check_remote_config, config.checkpoint.remote, config),
     )
-    found = checkpoints.newest()
     model, engine, average, state = _restore(config, ranks, found, samples)
     objective = build_objective(
         config,
@@ -84,7 +102,7 @@ def train(
     )
     if found is not None:
         objective.load(found)
-    clock = StepClock(ranks.device)
+    clock = StepClock(ranks.device, told=progress.mark)
     loader = _build_loader(config, model, samples, ranks)
     writer = MetricsWriter(run, config, ranks, total_steps=plan.total_steps, start_step=state.step)
     loop = Loop(
@@ -103,14 +121,32 @@ def train(
         epoch_samples=samples.epoch_samples,
         clock=clock,
         planning=_build_planning(config, run, samples, model, ranks, found, state, plan),
+        progress=progress,
     )
+    record_start(run, ranks, state.step)
     try:
-        return loop.run(loader, state, stop).step == plan.total_steps
+        last = loop.run(loader, state, stop).step
+        record_end(run, ranks, last, finished=last == plan.total_steps)
+        return last == plan.total_steps
     finally:
         loader.close()
         writer.close()
-        if lock is not None:
-            lock.close()
+
+
+def _open_checkpoints(
+    config: Config, run: Path, ranks: Ranks, plan: Plan, lock: RunLock | None, progress: Progress
+) -> CheckpointFolder:
+    return CheckpointFolder(
+        run / "checkpoints",
+        ranks,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=plan.keep_every,
+        background=config.checkpoint.background,
+        max_refused=config.checkpoint.max_refused,
+        remote=remote_of(config, run),
+        beat=partial(progress.mark, "checkpoint"),
+        lost_to=lock.lost_to if lock is not None else None,
+    )
 
 
 def _restore(
