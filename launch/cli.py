@@ -36,15 +36,23 @@ def train(
         Path | None, typer.Option("--run", "--run-dir", help="Run folder; default runs/NAME.")
     ] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the folder's run; never.")] = "auto",
+    nnodes: Annotated[str, typer.Option(help="Hosts: N, or MIN:MAX.")] = "1",
+    rdzv_endpoint: Annotated[
+        str, typer.Option(help="HOST:PORT of one of the hosts, the same on each.")
+    ] = "",
 ) -> None:
     """Train, or go on with the run in the folder. Any key: --section.key=value.
 
     Example: nsphere train configs/clip_emoji.toml --data.shards=/datasets/emoji/train-{0..7}.tar
     --nproc 2 --run runs/emoji
 
+    On several hosts, the same on each: nsphere train CONFIG --nnodes 4 --nproc 8
+    --rdzv-endpoint node1:29400; with --nnodes 2:4 the run goes on with fewer, and takes in more.
+
     Also as a rank: torchrun --nproc-per-node 2 -m launch.cli train CONFIG, srun, accelerate launch.
     torchrun takes --run for an abbreviation of its own: write --run-dir there.
     """
+    _stop.install()  # before torch is imported, which takes seconds
     from launch import runs
 
     if resume not in ("auto", "never"):
@@ -53,7 +61,10 @@ def train(
     overrides = data_commands.join_overrides(context.args)
     if runs.is_one_of_several():
         _leave(runs.train_rank(config, overrides, folder, resume == "auto", _stop))
-    raise typer.Exit(runs.train(config, overrides, folder, resume == "auto", nproc, _stop))
+    code = runs.train(
+        config, overrides, folder, resume == "auto", nproc, nnodes, rdzv_endpoint, _stop
+    )
+    raise typer.Exit(code)
 
 
 @app.command("eval", context_settings=OVERRIDES)

@@ -1,51 +1,69 @@
-"""N ranks on this machine, through torch.distributed's elastic agent, in this process."""
+"""N ranks on this machine, or on each of several, through torch.distributed's elastic agent.
+
+The agent runs in this process (`launch/agent.py`): it starts the ranks, meets the agents of the
+other hosts, and starts all ranks again when one is lost.
+"""
 
 import logging
 import os
-import sys
-import uuid
-from pathlib import Path
 
-from launch.signals import STOPPED
+from launch.hosts import Hosts
+from launch.restarts import Restarts, verdict
+from launch.signals import OWN_ERROR, RANK_LOST, STOPPED, StopRequest, say
 
-SHUTDOWN_TIMEOUT_S = 600  # a stopped run saves first; torch's default of 30 s would cut it off
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's default would orphan ranks on USR1
+_HOW_CODE = {"done": 0, "stopped": STOPPED, "failed": OWN_ERROR}
 
 
-def run_local(num_ranks: int, arguments: list[str], stopped_marker: Path | None = None) -> int:
-    """Run `nsphere ARGUMENTS` on `num_ranks` ranks; the exit code of the job.
+def run_local(
+    num_ranks: int,
+    arguments: list[str],
+    *,
+    hosts: Hosts | None = None,  # None: this machine alone
+    restarts: Restarts | None = None,  # None: never
+    stop: StopRequest | None = None,
+) -> int:
+    """Run `nsphere ARGUMENTS` on `num_ranks` ranks of this machine; the exit code of the job.
 
-    The first rank that fails ends the others and gives the code. The agent does not tell the code
-    of ranks that it stopped itself, so a run that saved and stopped leaves `stopped_marker`.
+    Ranks that are lost are started again, all together, as `restarts` allows. Raises LaunchError
+    where several hosts cannot meet.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
+    from launch.agent import Agent, guard
+
+    hosts = hosts or Hosts.alone()
+    _prepare(num_ranks, hosts)
+    agent = Agent(num_ranks, ["-P", "-m", "launch.cli", *arguments], hosts, restarts, stop)
+    with guard(agent, hosts, stop):
+        try:
+            agent.run()
+            agent.close_rendezvous()
+        except SignalException as error:
+            if agent.codes:
+                return verdict(agent.codes.values())
+            say(f"nsphere: {error.sigval.name}: stopped between two attempts")
+            return STOPPED
+        except RendezvousError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            how = restarts.ended() if restarts is not None else ""
+            say(f"nsphere: the hosts of this run do not meet any more ({reason})")
+            return _HOW_CODE.get(how, RANK_LOST)
+    return verdict(agent.codes.values())
+
+
+def _prepare(num_ranks: int, hosts: Hosts) -> None:
+    """The environment that the agent and its ranks read."""
     os.environ["PYTHONSAFEPATH"] = "1"  # a ./data of the user's must not stand in for ours
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_TIMEOUT_S)
-    # With the agent's shared store a restarted gloo group meets its dead peers' addresses.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     # What it says of signals and exits is ours to say, in a line each.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=uuid.uuid4().hex,
-        max_restarts=0,
-        signals_to_handle=SIGNALS,
-    )
-    command = ["-P", "-m", "launch.cli", *arguments]
-    try:
-        elastic_launch(config, sys.executable)(*command)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        stopped = stopped_marker is not None and stopped_marker.exists()
-        return STOPPED if stopped else 128 + int(error.sigval)
-    return 0
+    if hosts.is_alone:
+        return
+    # When another host becomes the first, the others keep the address of its predecessor's shared
+    # store (torch 2.15, dynamic_rendezvous.py:1225): rank 0 of each attempt opens one of its own.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if name := hosts.interface():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

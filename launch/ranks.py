@@ -11,9 +11,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from launch.meeting import meet
+from trainer.flight import record_collectives
 from trainer.ranks import Ranks
 
-GROUP_TIMEOUT = timedelta(minutes=30)
+MEETING_S = 1800.0
+COLLECTIVE_S = 1800.0
 
 
 class LaunchError(RuntimeError):
@@ -57,8 +60,16 @@ def is_rank(environment: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def open_ranks(environment: Mapping[str, str]) -> Iterator[Ranks]:
+def open_ranks(
+    environment: Mapping[str, str],
+    *,
+    meeting_s: float = MEETING_S,
+    collective_s: float = COLLECTIVE_S,
+) -> Iterator[Ranks]:
     """Make the process group of this job, and take it down again.
+
+    `meeting_s`: for the ranks to come together. `collective_s`: the most that a collective waits;
+    the watcher of a training run (`trainer/watch.py`) is quicker.
 
     NCCL where there is a GPU for this rank, else gloo. A single process gets a group of one, so
     that nothing downstream need know the difference.
@@ -73,19 +84,26 @@ def open_ranks(environment: Mapping[str, str]) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    _init_group(place, environment, device)
+    record_collectives(os.environ)
+    _init_group(place, environment, device, meeting_s, collective_s)
     try:
         yield Ranks(dist.group.WORLD, place.rank, place.world_size, place.local_rank, device)
     finally:
         dist.destroy_process_group()
 
 
-def _init_group(place: Place, environment: Mapping[str, str], device: torch.device) -> None:
+def _init_group(
+    place: Place,
+    environment: Mapping[str, str],
+    device: torch.device,
+    meeting_s: float,
+    collective_s: float,
+) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if place.source == "plain":
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads them
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
         return
     if place.source == "slurm":
         address, port = slurm_master(environment)
@@ -101,7 +119,20 @@ def _init_group(place: Place, environment: Mapping[str, str], device: torch.devi
             "RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: set both to the "
             "address and a free port of rank 0's host, or start with torchrun"
         )
-    dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+    store, rank, world_size = next(
+        dist.rendezvous(  # type: ignore[attr-defined]
+            "env://", place.rank, place.world_size, timeout=timedelta(seconds=meeting_s)
+        )
+    )
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = meet(store, rank, world_size, meeting_s)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=collective_s),
+    )
 
 
 def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:

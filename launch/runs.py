@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from data.index import Index
+from launch.hosts import Hosts
 from launch.local import run_local
 from launch.progress import shard_progress
-from launch.ranks import is_rank, open_ranks
-from launch.signals import BAD_INPUT, STOPPED, StopRequest
+from launch.ranks import LaunchError, is_rank, open_ranks
+from launch.restarts import Restarts
+from launch.signals import BAD_INPUT, RANK_LOST, STOPPED, StopRequest, dies_of_usr1, say
 from trainer.config import Config, ConfigError, load_config
 from trainer.run import STOPPED_MARKER, check_config
 from trainer.samples import build_samples, check_fit, check_memory, count_classes
@@ -29,25 +31,35 @@ def train(
     run: Path,
     resume: bool,  # noqa: FBT001
     num_ranks: int,
+    num_hosts: str,
+    endpoint: str,
     stop: StopRequest,
 ) -> int:
-    """Check the whole run in this process, then train on `num_ranks` ranks; the exit code."""
+    """Check the whole run in this process, then train on `num_ranks` ranks a host; the exit code.
+
+    `num_hosts`: "4", or "2:4" for any number between; their launchers meet at `endpoint`.
+    """
     num_ranks = num_ranks or max(1, torch.cuda.device_count())
     config = load_config(config_path, overrides)
+    try:
+        hosts = Hosts.parse(num_hosts, endpoint, run.name, config.launch.start_timeout)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     check_config(run, config, resume=resume)
     with shard_progress("indexing shards") as progress:
         samples = build_samples(config, progress)
         if config.data.val_shards:
             check_sets(config, config.data.val_shards, progress)
     _name_problems(samples.indexes)
-    check_fit(config, samples, num_ranks)
+    check_fit(config, samples, num_ranks * hosts.minimum)
     check_memory(config, num_ranks, count_classes(config, samples))
-    if num_ranks == 1:
+    if num_ranks == 1 and hosts.is_alone:
         return train_rank(config_path, overrides, run, resume, stop)
     arguments = ["train", str(config_path), "--run", str(run), *overrides]
     if not resume:
         arguments.append("--resume=never")
-    code = run_local(num_ranks, arguments, stopped_marker=run / STOPPED_MARKER)
+    restarts = Restarts(run, config.launch.max_restarts)
+    code = run_local(num_ranks, arguments, hosts=hosts, restarts=restarts, stop=stop)
     _say_end(code, run)
     return code
 
@@ -60,16 +72,35 @@ def train_rank(
     stop: StopRequest,
 ) -> int:
     """Train as one rank of the group that the environment describes; the exit code."""
-    stop.install()
+    from trainer.flight import is_lost_peer, shorten
     from trainer.train import train as train_together
 
+    if os.environ.get("RANK") == "0" and dies_of_usr1(os.getppid()) and _is_under_torchrun():
+        say(
+            "nsphere: this torchrun dies of SIGUSR1 and its ranks with it, unsaved: start it with "
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1, or use nsphere train"
+        )
     config = load_config(config_path, overrides)
-    with open_ranks(os.environ) as ranks:
-        finished = train_together(config, run, ranks, resume=resume, stop=stop)
-        if finished or not ranks.is_first:
-            return 0 if finished else STOPPED
+    longest = config.launch.start_timeout + config.launch.timeout
+    try:
+        with open_ranks(
+            os.environ, meeting_s=config.launch.start_timeout, collective_s=4 * longest
+        ) as ranks:
+            finished = train_together(config, run, ranks, resume=resume, stop=stop)
+            if finished or not ranks.is_first:
+                return 0 if finished else STOPPED
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        name = f"nsphere, rank {os.environ.get('RANK', '0')}"
+        say(f"{name}: a peer was lost before training began: {shorten(error)}")
+        return RANK_LOST
     (run / STOPPED_MARKER).touch()
     return STOPPED
+
+
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def evaluate(source: Path, overrides: list[str], num_ranks: int) -> int:

@@ -6,13 +6,14 @@ a histogram of cosines (has "cosines"); all have "step" and "samples_seen". Plot
 """
 
 import json
+import logging
 import math
 import os
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -22,9 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from trainer.config import Config, ConfigError
+from trainer.durable import LineFile
 from trainer.ranks import Ranks
 
 METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger("nsphere.metrics")
+
 PLAIN_LINE_EVERY_S = 2.0  # without a terminal, progress is one line at most this often
 
 _DETAILS = ("_std", "_grid", "_by_kind", "_error", "_low", "_high")  # ends of names
@@ -58,13 +62,13 @@ class MetricsWriter:
         start_step: int = 0,  # steps already done; the next line is of a later one
     ) -> None:
         self._trackers: list[Tracker] = []
-        self._file = None
+        self._file: LineFile | None = None
         if not ranks.is_first:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         truncate_metrics(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path)
         self._trackers = [
             build_tracker(name, run_dir, config, start_step) for name in config.log.trackers
         ]
@@ -105,7 +109,10 @@ class MetricsWriter:
         self._file.close()
         self._file = None
         for tracker in self._trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except OSError as error:
+                logger.warning("%s has lost its last numbers: %s", type(tracker).__name__, error)
 
     def __enter__(self) -> Self:
         return self
@@ -120,12 +127,16 @@ class MetricsWriter:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(_finite(line), allow_nan=False))
 
     def _track(self, values: Mapping[str, float], step: int, prefix: str) -> None:
-        for tracker in self._trackers:
-            tracker.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
+        numbers = {f"{prefix}/{name}": value for name, value in values.items()}
+        for tracker in tuple(self._trackers):
+            try:
+                tracker.log(numbers, step=step)
+            except OSError as error:  # no reason to lose a run: metrics.jsonl has them all
+                logger.warning("%s is given up: %s", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
 
 
 class ProgressLine:
@@ -252,8 +263,11 @@ class StepClock:
     wait for the device at every step.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, device: torch.device, told: Callable[[str], None] = lambda _name: None
+    ) -> None:
+        """`told` hears every mark's name."""
+        self._device, self._told = device, told
         self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
 
     def restart(self) -> None:
@@ -263,6 +277,7 @@ class StepClock:
     def mark(self, name: str) -> None:
         """The time since the last mark was spent on `name`."""
         self._marks.append((name, self._now()))
+        self._told(name)
 
     def drain(self, num_steps: int) -> dict[str, float]:
         """Mean seconds a step by name as `NAME_s`, and their sum `step_s`; starts afresh."""
