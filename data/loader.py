@@ -5,22 +5,12 @@ read ahead is bounded whatever the batch. The state of a run is one number, the 
 """
 
 import logging
-import multiprocessing
-import os
-import signal
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 from math import ceil
-from multiprocessing.util import Finalize
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from data.augment import ImageTransform
 from data.batch import Batch, EvalBatch, EvalRows, SampleReader, TrainRows, join_batches
@@ -30,6 +20,7 @@ from data.errors import DataError
 from data.index import Index
 from data.order import equal_batches
 from data.planned_order import PlannedOrder
+from data.pool import Pool
 from data.text import TokenizerSpec
 
 __all__ = ["Batch", "EvalBatch", "TrainLoader", "iter_eval_batches"]
@@ -65,7 +56,7 @@ class TrainLoader:
         reader = SampleReader(config, image_transform, tokenizer_spec, samples.indexes)
         rows = TrainRows(samples, reader, global_batch_size=global_batch_size, seed=seed)
         self._samples = samples
-        self._pool = _Pool(rows.load, config, pin=device_type == "cuda")
+        self._pool = Pool(rows.load, config, pin=device_type == "cuda")
         self._read_ahead = config.read_ahead
         self._ledger = _Ledger(config.max_bad_fraction)
 
@@ -143,7 +134,7 @@ def iter_eval_batches(
     own = own if ids is None else ids[own]
     num_batches = ceil(total / (world_size * batch_size))
     reader = SampleReader(config, image_transform, tokenizer_spec, [index])
-    pool = _Pool(EvalRows(index, reader).load, config, pin=False)
+    pool = Pool(EvalRows(index, reader).load, config, pin=False)
     ledger = _Ledger(config.max_bad_fraction)
     try:
         for batch in pool.run(np.array_split(own, num_batches)):
@@ -151,83 +142,6 @@ def iter_eval_batches(
             yield batch
     finally:
         pool.close()
-
-
-class _Pool:
-    """Pieces of work through a torch DataLoader: in order, read ahead, errors as raised."""
-
-    def __init__(self, load: Callable[[Any], Any], config: DataConfig, *, pin: bool) -> None:
-        self._work = _Work()
-        self._ending = torch.zeros(1, dtype=torch.bool).share_memory_()
-        workers = config.workers
-        # Forked workers start in 0.1 s and share the index's memory; they never touch a device,
-        # and torch gives them one thread, so no thread pool of the parent's is missed.
-        self._new_loader = partial(
-            DataLoader,
-            _Loading(load),
-            batch_size=None,
-            sampler=self._work,
-            collate_fn=_as_it_is,
-            pin_memory=pin,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
-            persistent_workers=workers > 0,
-            multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
-            worker_init_fn=partial(_start_worker, self._ending),
-        )
-        self._loader: DataLoader[Any] | None = None
-        Finalize(self, _set, args=(self._ending,), exitpriority=100)
-
-    def run(self, work: Iterable[Any]) -> Iterator[Any]:
-        """The loaded item of each piece of work."""
-        self._work.pieces = iter(work)
-        try:
-            for loaded in self._start():
-                if isinstance(loaded, DataError):
-                    raise loaded
-                yield loaded
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                "a data worker died (killed, often for lack of memory or of /dev/shm): lower "
-                "data.workers or data.prefetch; training goes on from its last checkpoint"
-            ) from error
-
-    def close(self) -> None:
-        """End the workers."""
-        _set(self._ending)
-        self._loader = None
-
-    def _start(self) -> Iterator[Any]:
-        with warnings.catch_warnings():  # more workers than cores is the user's choice
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            if self._loader is None:
-                self._ending.fill_(False)
-                self._loader = self._new_loader()
-            return iter(self._loader)
-
-
-class _Work:
-    """Hands the DataLoader whatever pieces of work were set last."""
-
-    pieces: Iterator[Any] = iter(())
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.pieces
-
-
-class _Loading(Dataset[Any]):
-    """A user's error travels as a value: torch would wrap it in the worker's traceback."""
-
-    def __init__(self, load: Callable[[Any], Any]) -> None:
-        self._load = load
-
-    def __getitem__(self, piece: Any) -> Any:
-        try:
-            return self._load(piece)
-        except DataError as error:
-            return error
 
 
 class _Ledger:
@@ -255,19 +169,3 @@ class _Ledger:
                 f"data.max_bad_fraction = {self._max_fraction:g} allows; most in {worst}: repair "
                 "or leave out these shards, or raise the limit"
             )
-
-
-def _start_worker(ending: Tensor, _worker: int) -> None:
-    # Ctrl-C, and a scheduler that signals every process of a job, are for the training process:
-    # it saves and stops, and needs its workers until then. SIGTERM counts once it is leaving.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.item() else None)
-
-
-def _set(flag: Tensor) -> None:
-    flag.fill_(True)
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded

@@ -19,6 +19,7 @@ from data.dataset import SampleSet
 from data.errors import DataError
 from data.index import load_index
 from data.loader import PIECE_ROWS, iter_eval_batches
+from data.pool import Pool
 from data.text import TokenizerSpec, caption_hash
 
 
@@ -205,16 +206,48 @@ def test_fingerprint_is_of_the_data_and_the_weights(tmp_path):
     ]
 
 
-def test_a_killed_worker_is_one_clear_error(spec):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_worker_is_replaced_and_batches_are_the_same(spec, workers):
+    whole = [rows_of([batch]) for batch in loader_of(spec, batch=17).batches(0, 12)]
+    loader = loader_of(spec, batch=17, workers=workers, prefetch=2)
+    found = []
+    for step, batch in enumerate(loader.batches(0, 12)):
+        found.append(rows_of([batch]))
+        if step in (0, 5):  # the last one: it has the most to do
+            victim = max(child.pid for child in multiprocessing.active_children())
+            os.kill(victim, signal.SIGKILL)
+    assert found == whole
+    loader.close()
+
+
+def test_a_killed_worker_leaves_the_step_alone(spec):
     loader = loader_of(spec, batch=4, workers=1, prefetch=1)
-    batches = loader.batches(0, 1000)
+    batches = loader.batches(0, 30)
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"worker died .*lower data.workers"):
-        for _ in batches:
-            pass
+    deadline = time.monotonic() + 1  # the training process is busy elsewhere, and not interrupted
+    while time.monotonic() < deadline:
+        sum(range(1000))
+    assert sum(len(batch.ids) for batch in batches) == 29 * 4
     loader.close()
+
+
+def _die(piece):
+    if piece == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return piece
+
+
+def test_workers_that_die_again_and_again_are_one_clear_error(caplog):
+    pool = Pool(_die, DataConfig(workers=2, prefetch=1), pin=False)
+    loaded = []
+    with pytest.raises(DataError, match=r"died 4 times in a row .*data.workers.* they were at 3;"):
+        for item in pool.run(range(6)):
+            loaded.append(item)
+    assert loaded == [0, 1, 2]
+    assert sum("starting workers anew" in line for line in caplog.messages) == 3
+    pool.close()
 
 
 def test_workers_outlive_the_signals_of_a_scheduler(spec):
