@@ -208,9 +208,10 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint_config(path: Path, overrides: list[str] | None = None) -> Config:
     """The configuration of the run that wrote a checkpoint, with `section.key=value` overrides.
 
-    A model file named in it is the copy inside the checkpoint, so that a checkpoint stands alone.
+    A model file named in it is the copy inside the checkpoint, so that a checkpoint stands alone;
+    shards that are shell commands (`pipe:`) are left out: it may come from elsewhere.
     """
     overrides = list(overrides or [])
     if (path / "model.json").is_file():
         overrides.append(f"--model.name={path / 'model.json'}")
-    return load_config(path / "config.toml", overrides)
+    return load_config(path / "config.toml", overrides, commands="drop")

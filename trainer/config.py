@@ -5,9 +5,11 @@ at once. The resolved configuration is written into the run folder and is itself
 """
 
 import difflib
+import re
+import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -63,10 +65,17 @@ class ConfigError(ValueError):
     """The configuration is wrong; the text names every key that is, and what to do."""
 
 
-def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+def load_config(
+    path: Path | str,
+    overrides: list[str] | None = None,
+    *,
+    commands: Literal["refuse", "drop", "keep"] = "refuse",
+) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, check everything at once.
 
-    Raises ConfigError naming the file and every bad key, with the nearest known ones.
+    `commands`: what becomes of `pipe:COMMAND` in the file, which may come from elsewhere; overrides
+    are the user's own and may have them. Raises ConfigError naming the file and every bad key, with
+    the nearest known ones.
     """
     path = Path(path)
     try:
@@ -77,10 +86,29 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: no such file{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    if commands != "keep":
+        tree = _without_commands(tree, "", path if commands == "refuse" else None)
     for name, texts in _group_overrides(overrides or []).items():
         _apply_override(tree, name, texts)
     _find_model_file(tree, path.parent)
     return parse_config(tree, str(path))
+
+
+def _without_commands(item: Any, key: str, refusing: Path | None) -> Any:
+    """The tree with empty texts for shell commands; ConfigError for them if `refusing` a file."""
+    if isinstance(item, dict):
+        return {k: _without_commands(v, f"{key}.{k}", refusing) for k, v in item.items()}
+    if isinstance(item, list):
+        return [_without_commands(value, key, refusing) for value in item]
+    if not isinstance(item, str) or not re.search(r"(^|::)\s*pipe:", item):
+        return item
+    if refusing is not None:
+        name = key.removeprefix(".")
+        raise ConfigError(
+            f"{refusing}: {name} = {item!r} is a shell command, and a file must not run any: give "
+            f"it on the command line, --{name}={shlex.quote(item)}"
+        )
+    return ""
 
 
 def load_overrides(overrides: list[str]) -> Config:

@@ -13,6 +13,8 @@ import io
 import logging
 import math
 import os
+import pickle
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
@@ -30,14 +32,19 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from trainer.checkpoint import CheckpointError
 from trainer.config import Config, ZeroConfig
 from trainer.ranks import Ranks
 
 TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
+STORED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # plain numbers, all three
 LOSS_SCALE_START = 2.0**16  # fp16: torch.amp.GradScaler's published defaults
 LOSS_SCALE_GROWTH_STEPS = 2000
 
@@ -241,9 +248,10 @@ class Engine:
 
     def load(self, folder: Path, state: dict[str, float]) -> None:
         """Load what `files` gave (or `to_universal` converted) and `state` returned."""
-        path, _ = self._deepspeed.load_checkpoint(
-            str(folder), tag=TAG, load_lr_scheduler_states=False
-        )
+        with tensors_only(folder):
+            path, _ = self._deepspeed.load_checkpoint(
+                str(folder), tag=TAG, load_lr_scheduler_states=False
+            )
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
         self._repair_optimizer()
@@ -306,19 +314,54 @@ def to_universal(folder: Path, out: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with _silence(), tensors_only(folder):
         convert(options)
 
 
 def read_weights(folder: Path, stage: int) -> dict[str, Tensor]:
     """Whole float32 weights out of `folder/deepspeed`, in one process, at any stage."""
     weights: dict[str, Tensor] = {}
-    if stage > 0:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with _silence(), tensors_only(folder):
+        if stage > 0:
             weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
-    if stage < 2:  # at stage 1 DeepSpeed's reader leaves out what is frozen
-        path = folder / TAG / "mp_rank_00_model_states.pt"
-        # DeepSpeed's files hold its own classes; the manifest's checksums vouch for them.
-        saved = torch.load(path, map_location="cpu", weights_only=False)
-        weights = {name: tensor.float() for name, tensor in saved["module"].items()} | weights
+        if stage < 2:  # at stage 1 DeepSpeed's reader leaves out what is frozen
+            path = folder / TAG / "mp_rank_00_model_states.pt"
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            module = {name: tensor.float() for name, tensor in saved["module"].items()}
+            weights = module | weights
     return weights
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Inside, what DeepSpeed prints is dropped."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def tensors_only(folder: Path) -> Iterator[None]:
+    """Inside, files of a checkpoint are tensors and plain values to every reader, or an error.
+
+    A pickle can call whatever it names, a checkpoint may come from elsewhere, and DeepSpeed reads
+    with `weights_only=False` wherever it reads: torch's own switch overrules it. Raises
+    CheckpointError naming what a file would have called.
+    """
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with torch.serialization.safe_globals(STORED_CLASSES):
+            yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"names {found[1]}" if found else f"is none of ours ({str(error).splitlines()[0]})"
+        raise CheckpointError(
+            f"{folder / TAG}: a file in it {what}, where tensors and plain values belong: nothing "
+            "of it was run; do not use this checkpoint"
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before

@@ -7,6 +7,7 @@ RUN/config.toml, RUN/samples/step-*.json, RUN/log/rank-*.log, RUN/.lock. Metrics
 import json
 import logging
 import os
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.config import (
     load_config,
     parse_config,
 )
+from trainer.durable import remove
 from trainer.lock import LOCK_FILE, RunLock, read_owner
 from trainer.ranks import Ranks
 from trainer.remote import Remote
@@ -45,6 +47,8 @@ FREE_KEYS = (
     "log.",
     "eval.",
 )
+logger = logging.getLogger("nsphere.run")
+
 STOPPED_MARKER = ".stopped"
 VISIBLE_S = 30.0  # after which what rank 0 wrote must be seen by every node
 
@@ -61,7 +65,7 @@ def check_config(run: Path, config: Config, *, resume: bool) -> None:
         )
     if not path.exists():
         return
-    keys = _differences(load_config(path), config)
+    keys = _differences(load_config(path, commands="keep"), config)
     if keys:
         raise ConfigError(
             f"{run} belongs to a run of another configuration ({'; '.join(keys)}): "
@@ -181,10 +185,24 @@ def _sees(run: Path, token: str) -> bool:
     return True
 
 
+class _LogFile(logging.FileHandler):
+    """Says once on stderr that a full disk takes no lines; they are written when it does again."""
+
+    _refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._refused:
+            self._refused = True
+            sys.stderr.write(f"{self.baseFilename}: {error.strerror}: the log waits for room\n")
+
+
 def log_to_file(run: Path, rank: int) -> None:
     """Send this rank's log to RUN/log/rank-0000.log; warnings also go to stderr on rank 0."""
     (run / "log").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run / "log" / f"rank-{rank:04d}.log")
+    handler = _LogFile(run / "log" / f"rank-{rank:04d}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("nsphere")
     root.setLevel(logging.INFO)
@@ -198,10 +216,17 @@ def log_to_file(run: Path, rank: int) -> None:
 
 
 def write_samples(run: Path, step: int, keys: list[str]) -> None:
-    """RUN/samples/step-00000012.json: the keys of a global batch in order."""
+    """RUN/samples/step-00000012.json: the keys of a global batch in order.
+
+    A disk that refuses is a warning: what is learnt does not depend on it.
+    """
     folder = run / "samples"
-    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.json"
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({"step": step, "keys": keys}))
-    beside.replace(path)
+    try:
+        folder.mkdir(exist_ok=True)
+        beside.write_text(json.dumps({"step": step, "keys": keys}))
+        beside.replace(path)
+    except OSError as error:
+        logger.warning("%s: not written: %s", path, error.strerror)
+        remove(beside)

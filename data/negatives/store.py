@@ -99,7 +99,10 @@ class EmbeddingStore:
     def create(
         cls, folder: Path, num_rows: int, dim: int, *, fingerprint: str = ""
     ) -> "EmbeddingStore":
-        """A new store without a seen row; one that is there is emptied. Disk: sparse at first."""
+        """A new store without a seen row; one that is there is emptied.
+
+        Raises DataError where the disk has no room for all of it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _HEADER).unlink(missing_ok=True)
         if num_rows < 1 or dim < 1:
@@ -283,3 +286,10 @@ def projection(width: int, dim: int, seed: int) -> Floats:  # (width, dim)
 def _empty_file(path: Path, size: int) -> None:
     with path.open("wb") as file:
         file.truncate(size)
+        try:  # a page that finds the disk full when it is written kills the process: SIGBUS
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            file.truncate(0)
+            raise DataError(
+                f"{path}: {error.strerror}: the embedding store needs {size:,} bytes there"
+            ) from None
