@@ -39,6 +39,7 @@ LAST_CALL_S = 15  # that a run on MIN to MAX hosts waits for more than MIN
 KEEP_ALIVE_S = 3  # between an agent's signs of life; three may be missed
 SHUTDOWN_TIMEOUT_S = 600  # a stopped run saves first; torch's default of 30 s would cut it off
 LEAVING_S = 15.0  # that the ranks have, once one has failed, to write their stacks and leave
+AT_ONCE_S = 3.0  # for a second signal
 STUCK_S = 10.0  # that the agent has to react when all its ranks are gone and it was asked to stop
 
 
@@ -225,7 +226,7 @@ def guard(agent: Agent, hosts: Hosts, stop: StopRequest | None) -> Iterator[None
             hangs = now - agent.looked_at > STUCK_S and now - alone_since > STUCK_S
             if times and hangs and now - times[0] > STUCK_S:
                 leave(STOPPED, "nsphere: stopped while waiting for other hosts")
-            if len(times) > 1 and now - times[1] > STUCK_S:
+            if len(times) > 1 and now - times[1] > AT_ONCE_S:
                 leave(128 + signal.SIGTERM, "nsphere: asked twice to stop: left at once")
             if times and now - times[0] > SHUTDOWN_TIMEOUT_S + LEAVING_S:
                 leave(128 + signal.SIGTERM, "nsphere: ranks did not stop in time")

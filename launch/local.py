@@ -57,8 +57,10 @@ def _prepare(num_ranks: int, hosts: Hosts) -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # a ./data of the user's must not stand in for ours
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    # What it says of signals and exits is ours to say, in a line each.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:  # each of its modules sets its own level
+        if name.startswith("torch.distributed.elastic"):
+            # What it says of signals and exits is ours to say, in a line each.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     if hosts.is_alone:
         return
     # When another host becomes the first, the others keep the address of its predecessor's shared

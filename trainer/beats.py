@@ -40,7 +40,8 @@ class Beat:
     @property
     def place(self) -> str:
         """The last it told."""
-        return f"{self.idle_s:.1f} s after {self.part!r} of step {self.step}"
+        late = f"{self.idle_s:.1f} s " if self.idle_s > 1 else ""
+        return f"{late}after {self.part!r} of step {self.step}"
 
 
 class BeatFile:

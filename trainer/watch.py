@@ -87,7 +87,8 @@ class Watcher:
         self.progress = Progress()
         self._run, self._ranks, self._config, self._beats = run, ranks, config, beats
         self._log = run / "log" / f"rank-{ranks.rank:04d}.log"
-        self._interval = min(5.0, max(0.1, config.timeout / 20))
+        rare = min(5.0, max(1.0, 0.02 * ranks.world_size))  # one file serves all ranks
+        self._interval = min(rare, max(0.1, config.timeout / 20))
         self._beat = Beat(ranks.rank, os.uname().nodename, os.getpid())
         self._heard: dict[int, tuple[Beat, float]] = {}  # each peer's last beat, when it was new
         self._looked = 0.0
