@@ -85,7 +85,7 @@ class Pairs:
         self.rows = rows.contiguous() if isinstance(rows, Tensor) else rows
         self._read = self.rows.__getitem__ if isinstance(self.rows, Tensor) else self.rows.read
         self._group, self._visitors, self._factor = group, visitors, factor
-        self._tile = tile or _TILE.get(rows.device.type, _TILE_ELSEWHERE)
+        self._tile = tile or tile_side(rows.device)
         self._counts = gather_counts(len(visitors), group, rows.device)
         self._visiting = build_visiting(visiting, visitors, self._counts, group, rows.dtype)
         self._start = sum(self._counts[: own_rank(group)])
@@ -137,8 +137,7 @@ class Pairs:
         return visit.rows
 
     def _elements_kept(self) -> int:
-        rows = (self.num_rows + self.num_columns) * self.rows.shape[1]
-        return min(max(int(_KEPT_OF_ROWS * rows), _KEPT_ELEMENTS), self.num_rows * self.num_columns)
+        return elements_kept(self.num_rows, self.num_columns, self.rows.shape[1])
 
     def own_columns(self, rows: slice) -> slice:
         """Positions, among all visitors, of this rank's visitors at `rows`."""
@@ -290,6 +289,17 @@ class Pairs:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+def tile_side(device: torch.device) -> int:
+    """Rows and columns of a tile."""
+    return _TILE.get(device.type, _TILE_ELSEWHERE)
+
+
+def elements_kept(num_rows: int, num_columns: int, dim: int) -> int:
+    """Inner products that a rank keeps from the first sweep for the later ones."""
+    most = max(int(_KEPT_OF_ROWS * (num_rows + num_columns) * dim), _KEPT_ELEMENTS)
+    return min(most, num_rows * num_columns)
 
 
 def _shifted(positions: slice, by: int) -> slice:
