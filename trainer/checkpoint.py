@@ -11,6 +11,7 @@ What is inside: `deepspeed/` (engine.py), `state.json`, `config.toml`, and where
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ class TrainState:
     planning: dict[str, Any] = field(default_factory=dict)
     """Planned batches: the order so far and to come (`data.planned_order.Segment`s), and what the
     controller has counted."""
+    recent_losses: list[float] = field(default_factory=list)
+    """What a spike is told by (`trainer/spikes.py`)."""
+    passed_over: list[int] = field(default_factory=list)
+    """Batches, by 0-based step, that are left out because of a spike."""
 
 
 def step_name(step: int) -> str:
@@ -65,9 +70,12 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def find_newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files match its manifest; logs why each newer one is skipped."""
-    for step in reversed(list_steps(folder)):
+def find_newest(folder: Path, before: float = math.inf) -> Path | None:
+    """The newest checkpoint whose files match its manifest, of a step up to `before`.
+
+    Logs why each newer one is skipped.
+    """
+    for step in reversed([step for step in list_steps(folder) if step <= before]):
         path = folder / step_name(step)
         problem = check(path)
         if not problem:

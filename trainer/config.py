@@ -28,6 +28,7 @@ from trainer.sections import (
     LossConfig,
     OptimConfig,
     ScheduleConfig,
+    SpikesConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "NeighboursConfig",
     "OptimConfig",
     "ScheduleConfig",
+    "SpikesConfig",
     "TrainConfig",
     "ZeroConfig",
     "differing_keys",

@@ -110,6 +110,7 @@ class Engine:
             config=deepspeed_config(config, ranks.world_size, universal=universal),
         )
         self.model = model
+        self.universal = universal
         self._optimizer = optimizer
         self._zero: ZeroConfig = config.zero
         self._clip_norm = config.optim.clip_norm

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from trainer.config import Config, dump_config
 from trainer.duration import Duration
 from trainer.ema import WeightAverage
 from trainer.engine import Engine
+from trainer.events import record_event
 from trainer.metrics import MetricsWriter, StepClock, peak_memory_bytes
 from trainer.objectives import Model, Objective
 from trainer.planning import Planning
@@ -30,7 +31,9 @@ from trainer.ranks import Ranks
 from trainer.run import write_samples
 from trainer.saving import CheckpointFolder
 from trainer.schedule import learning_rate
+from trainer.spikes import RecentLosses, passed_over
 from trainer.step import StepOutput, Stepper
+from trainer.stragglers import StragglerWatch
 from trainer.validate import Evaluation
 from trainer.watch import Progress
 
@@ -102,47 +105,73 @@ class Loop:
     validation: Evaluation | None
     epoch_samples: int
     clock: StepClock
+    progress: Progress
+    load: Callable[[Path], TrainState]  # everything as a checkpoint has it
+    stragglers: StragglerWatch
     planning: Planning | None = None
-    progress: Progress = field(default_factory=Progress)
     _last_save: float = 0.0
+    _saved_step: int = 0
+    _num_rollbacks: int = 0
 
     def run(self, loader: TrainLoader, state: TrainState, stop: Callable[[], bool]) -> TrainState:
         """Train from `state` to the end, or to the step at which some rank was asked to stop."""
         self._last_save = time.monotonic()
-        saved_step = state.step
+        self._saved_step = state.step
         if self.planning is not None:
             with self.progress.long("plan"):
                 self.planning.begin(self.engine.forward_model(), state.step)
-        self.clock.restart()
-        for batch in loader.batches(state.step, self.plan.total_steps - state.step):
-            self.clock.mark("data_wait")
-            output = self.stepper(batch, state.step, self._learning_rate(state))
-            agreed = self._agree(output, batch, stop)
-            state = self._advance(state, output, agreed)
-            self.progress.reached(state.step)
-            if self.planning is not None:
-                with self.progress.long("plan"):
-                    module = self.engine.forward_model()
-                    self.planning.after_step(module, state.step, batch, output)
-                self.clock.mark("planning")
-            if self.checkpoints.poll():
-                self.clock.mark("checkpoint")
-            self._record(state, batch, output, agreed)
-            last = state.step == self.plan.total_steps
-            if last or _is_due(state.step, self.plan.eval_every):
-                with self.progress.long("evaluation"):
-                    self._evaluate(state)
-            if last or agreed.stop or agreed.save or _is_due(state.step, self.plan.save_every):
-                with self.progress.long("save"):
-                    self._save(state)
-                saved_step = state.step
-            if agreed.stop:
-                break
+        stopped = False
+        while state.step < self.plan.total_steps and not stopped:  # once, and after each going back
+            self.clock.restart()
+            state, stopped = self._run_on(loader, state, stop)
         with self.progress.long("save"):
-            if state.step != saved_step:
+            if state.step != self._saved_step:
                 self._save(state)
             self.checkpoints.wait()
         return state
+
+    def _run_on(
+        self, loader: TrainLoader, state: TrainState, stop: Callable[[], bool]
+    ) -> tuple[TrainState, bool]:
+        """Steps until the end, a stop (True), or a spike, after which `state` is an earlier one."""
+        for batch in loader.batches(state.step, self.plan.total_steps - state.step):
+            self.clock.mark("data_wait")
+            if state.step in state.passed_over:
+                agreed = self._agree(0.0, batch, stop)
+                state = self._pass_over(state, agreed)
+            else:
+                output = self.stepper(batch, state.step, self._learning_rate(state))
+                agreed = self._agree(float(output.loss), batch, stop)
+                recent = RecentLosses(self.config.spikes, tuple(state.recent_losses))
+                if recent.has_spike(agreed.loss):
+                    return self._go_back(state, agreed.loss), False
+                state = self._advance(state, output, agreed, recent)
+                self._plan_ahead(state, batch, output)
+                self._record(state, batch, output, agreed)
+            self.progress.reached(state.step)
+            if self.checkpoints.poll():
+                self.clock.mark("checkpoint")
+            self._do_what_is_due(state, agreed)
+            if agreed.stop:
+                return state, True
+        return state, False
+
+    def _do_what_is_due(self, state: TrainState, agreed: _Agreed) -> None:
+        last = state.step == self.plan.total_steps
+        if last or _is_due(state.step, self.plan.eval_every):
+            with self.progress.long("evaluation"):
+                self._evaluate(state)
+        if last or agreed.stop or agreed.save or _is_due(state.step, self.plan.save_every):
+            with self.progress.long("save"):
+                self._save(state)
+            self._saved_step = state.step
+
+    def _plan_ahead(self, state: TrainState, batch: Batch, output: StepOutput) -> None:
+        if self.planning is not None:
+            with self.progress.long("plan"):
+                module = self.engine.forward_model()
+                self.planning.after_step(module, state.step, batch, output)
+            self.clock.mark("planning")
 
     def _learning_rate(self, state: TrainState) -> float:
         batch = self.config.train.global_batch_size
@@ -154,19 +183,21 @@ class Loop:
             epoch_samples=self.epoch_samples,
         )
 
-    def _agree(self, output: StepOutput, batch: Batch, stop: Callable[[], bool]) -> _Agreed:
+    def _agree(self, loss: float, batch: Batch, stop: Callable[[], bool]) -> _Agreed:
         """One small reduction a step: whatever any rank saw, all ranks act on together."""
         over = time.monotonic() - self._last_save > self.plan.save_every_s
         numbers = torch.tensor(
-            [float(output.loss), batch.num_bad, stop(), over and self.ranks.is_first],
+            [loss, batch.num_bad, stop(), over and self.ranks.is_first],
             dtype=torch.float64,
             device=self.ranks.device,
         )
         dist.all_reduce(numbers, group=self.ranks.group)
-        loss, num_bad, stops, saves = numbers.tolist()
-        return _Agreed(loss / self.ranks.world_size, int(num_bad), stops > 0, saves > 0)
+        total, num_bad, stops, saves = numbers.tolist()
+        return _Agreed(total / self.ranks.world_size, int(num_bad), stops > 0, saves > 0)
 
-    def _advance(self, state: TrainState, output: StepOutput, agreed: _Agreed) -> TrainState:
+    def _advance(
+        self, state: TrainState, output: StepOutput, agreed: _Agreed, recent: RecentLosses
+    ) -> TrainState:
         batch = self.config.train.global_batch_size
         applied, rescaled = output.result.applied, output.result.rescaled
         state = replace(
@@ -176,6 +207,7 @@ class Loop:
             bad_samples=state.bad_samples + agreed.num_bad,
             skipped_steps=state.skipped_steps + (not applied),
             skipped_in_row=0 if applied or rescaled else state.skipped_in_row + 1,
+            recent_losses=list(recent.and_then(agreed.loss).losses if applied else recent.losses),
         )
         if applied:
             if self.average is not None:
@@ -188,6 +220,51 @@ class Loop:
             )
         self._check_skipped(state)
         return state
+
+    def _pass_over(self, state: TrainState, agreed: _Agreed) -> TrainState:
+        """A step without an update: its batch was part of a spike."""
+        logger.info("step %d passed over, because of a spike", state.step + 1)
+        return replace(
+            state,
+            step=state.step + 1,
+            samples_seen=state.samples_seen + self.config.train.global_batch_size,
+            bad_samples=state.bad_samples + agreed.num_bad,
+            skipped_steps=state.skipped_steps + 1,
+        )
+
+    def _go_back(self, state: TrainState, loss: float) -> TrainState:
+        """To the newest checkpoint from before the batches that will be passed over.
+
+        Raises TrainingError where there is none, or after `spikes.max_rollbacks` of these.
+        """
+        spikes, spike = self.config.spikes, state.step
+        doomed = passed_over(spike, spikes.skip, state.passed_over)
+        first = next(step for step in doomed if step > spike - spikes.skip)
+        told = (
+            f"step {spike + 1}: loss {loss:.4g} is a spike (spikes.threshold = {spikes.threshold:g}"
+            f" typical deviations above the median of the last {spikes.window})"
+        )
+        self._num_rollbacks += 1
+        if self._num_rollbacks > spikes.max_rollbacks:
+            raise TrainingError(
+                f"{told}, and {spikes.max_rollbacks} times this run went back already "
+                "(spikes.max_rollbacks): lower optim.lr, or raise spikes.threshold"
+            )
+        found = self.checkpoints.newest_before(first)
+        if found is None:
+            raise TrainingError(
+                f"{told}, and no checkpoint is from before step {first}: save more often "
+                "(checkpoint.every, checkpoint.keep_last), or set spikes.threshold = 0"
+            )
+        with self.progress.long("going back"):
+            old = self.load(found)
+        self.writer.rewind(old.step)
+        self._saved_step = old.step
+        logger.warning("%s: back to step %d, passing over %d batches", told, old.step, len(doomed))
+        if self.ranks.is_first:
+            details = {"step": spike + 1, "to_step": old.step, "loss": loss}
+            record_event(self.run_dir, "rollback", {**details, "skipped": list(doomed)})
+        return replace(old, passed_over=list(doomed))
 
     def _check_skipped(self, state: TrainState) -> None:
         if state.skipped_in_row > self.config.train.max_skipped:
@@ -209,6 +286,7 @@ class Loop:
         if not (_is_due(state.step, self.plan.log_every) or state.step == self.plan.total_steps):
             return
         seconds = self.clock.drain(self.plan.log_every)
+        seconds |= self.stragglers.observe(state.step, seconds)
         batch_size = self.config.train.global_batch_size
         values: dict[str, Any] = {
             "epoch": state.samples_seen / self.epoch_samples,

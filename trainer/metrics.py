@@ -63,6 +63,7 @@ class MetricsWriter:
     ) -> None:
         self._trackers: list[Tracker] = []
         self._file: LineFile | None = None
+        self._run_dir = run_dir
         if not ranks.is_first:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,6 +101,15 @@ class MetricsWriter:
         """One line of `trainer.evaluate.cosines.cosine_histograms`' counts."""
         if self._file is not None:
             self._append({"step": step, "samples_seen": samples_seen, "cosines": dict(histograms)})
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps: the run goes back and takes them again."""
+        if self._file is None:
+            return
+        path = self._run_dir / METRICS_FILE
+        self._file.close()
+        truncate_metrics(path, step)
+        self._file = LineFile(path)
 
     def close(self) -> None:
         """Close file, trackers and progress; a second call does nothing."""

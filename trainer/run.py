@@ -45,6 +45,7 @@ FREE_KEYS = (
     "checkpoint.",
     "launch.",
     "log.",
+    "spikes.",
     "eval.",
 )
 logger = logging.getLogger("nsphere.run")

@@ -156,6 +156,17 @@ class CheckpointFolder:
         path: Path | None = found[0]
         return path
 
+    def newest_before(self, step: int) -> Path | None:
+        """The newest whole checkpoint of this folder up to `step`, the same on all ranks."""
+        self._drain()
+        first = self._ranks.is_first
+        found = self._together.run(
+            lambda: find_newest(self.folder, step) if first else None,
+            f"looking for a checkpoint before step {step} in {self.folder}",
+        )
+        path: Path | None = found[0]
+        return path
+
     def forget_after(self, step: int) -> None:
         """Remove what was saved after `step`: the run goes on from there another way."""
         self._drain()

@@ -300,6 +300,20 @@ class LaunchConfig(Section):
     """Restarts from the last checkpoint, without progress between them, before the job fails."""
 
 
+class SpikesConfig(Section):
+    """Going back from a loss that jumps (`trainer/spikes.py`)."""
+
+    threshold: float = Field(default=0.0, ge=0)
+    """Typical deviations above the recent losses' median that make a spike; 0: never looked for.
+    About 10 is beyond the noise of training."""
+    window: int = Field(default=64, ge=4)
+    """Steps whose losses are the recent ones; until there are so many, nothing is a spike."""
+    skip: int = Field(default=8, ge=1)
+    """Batches passed over after going back: the spike's own and those right before it."""
+    max_rollbacks: int = Field(default=5, ge=1)
+    """Times that a start of the run may go back before it gives up."""
+
+
 class LogConfig(Section):
     """Numbers for people."""
 
@@ -325,6 +339,7 @@ class Config(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     launch: LaunchConfig = LaunchConfig()
+    spikes: SpikesConfig = SpikesConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -351,25 +366,30 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
-        problems = []
-        if self.train.duration.unit == "minutes":
-            problems.append("train.duration is in steps, samples or epochs, not minutes")
-        if self.zero.offload_param != "none" and self.zero.stage != 3:
-            problems.append("zero.offload_param needs zero.stage = 3")
-        if self.zero.offload_optimizer != "none" and self.zero.stage == 0:
-            problems.append("zero.offload_optimizer needs zero.stage >= 1")
-        if "nvme" in (self.zero.offload_param, self.zero.offload_optimizer):
-            if not self.zero.nvme_path:
-                problems.append("nvme offload needs zero.nvme_path")
-        if self.loss.name != "clip" and self.loss.label_smoothing:
-            problems.append('loss.label_smoothing needs loss.name = "clip"')
-        if self.train.precision == "fp16" and self.zero.stage == 0:
-            problems.append("train.precision = 'fp16' needs zero.stage >= 1")
-        if self.optim.name in ("lamb", "muon") and self.zero.stage != 0:
-            problems.append(
-                f'optim.name = "{self.optim.name}" works on whole matrices, which ZeRO cuts up:'
-                " set zero.stage = 0"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+        nvme = "nvme" in (self.zero.offload_param, self.zero.offload_optimizer)
+        problems = {
+            "train.duration is in steps, samples or epochs, not minutes": (
+                self.train.duration.unit == "minutes"
+            ),
+            "zero.offload_param needs zero.stage = 3": (
+                self.zero.offload_param != "none" and self.zero.stage != 3
+            ),
+            "zero.offload_optimizer needs zero.stage >= 1": (
+                self.zero.offload_optimizer != "none" and self.zero.stage == 0
+            ),
+            "nvme offload needs zero.nvme_path": nvme and not self.zero.nvme_path,
+            'loss.label_smoothing needs loss.name = "clip"': (
+                self.loss.name != "clip" and self.loss.label_smoothing > 0
+            ),
+            "train.precision = 'fp16' needs zero.stage >= 1": (
+                self.train.precision == "fp16" and self.zero.stage == 0
+            ),
+            f'optim.name = "{self.optim.name}" works on whole matrices, which ZeRO cuts up:'
+            " set zero.stage = 0": self.optim.name in ("lamb", "muon") and self.zero.stage != 0,
+            'spikes.threshold: no way back leads through data.batching = "planned" yet': (
+                self.spikes.threshold > 0 and self.data.batching == "planned"
+            ),
+        }
+        if any(problems.values()):
+            raise ValueError("; ".join(text for text, there in problems.items() if there))
         return self

@@ -33,6 +33,7 @@ from trainer.run import check_config, check_remote_config, log_to_file, open_run
 from trainer.samples import check_fit, load_samples
 from trainer.saving import CheckpointFolder
 from trainer.step import Stepper
+from trainer.stragglers import StragglerWatch
 from trainer.validate import AUTOCAST, Evaluation, build_validation
 from trainer.watch import Progress, watching
 
@@ -122,6 +123,8 @@ def _train(
         clock=clock,
         planning=_build_planning(config, run, samples, model, ranks, found, state, plan),
         progress=progress,
+        load=partial(_load_again, ranks=ranks, engine=engine, average=average, objective=objective),
+        stragglers=StragglerWatch(run, ranks),
     )
     record_start(run, ranks, state.step)
     try:
@@ -168,12 +171,30 @@ def _restore(
     engine = Engine(model, optimizer, config, ranks, universal=converted)
     average = WeightAverage(engine, config.train.ema, ranks) if config.train.ema else None
     if found is not None:
-        with portable(found, ranks, convert=converted) as folder:
-            engine.load(folder, state.engine)
-        if average is not None:
-            average.load(load_averages(found))
-        logger.info("going on from %s at %d samples", found, state.samples_seen)
+        state = _load_towers(found, ranks, engine, average)
     return model, engine, average, replace(state, world_size=ranks.world_size)
+
+
+def _load_towers(
+    found: Path, ranks: Ranks, engine: Engine, average: WeightAverage | None
+) -> TrainState:
+    """What DeepSpeed holds and the averaged weights, as checkpoint `found` has them."""
+    state = load_state(found)
+    with portable(found, ranks, convert=engine.universal) as folder:
+        engine.load(folder, state.engine)
+    if average is not None:
+        average.load(load_averages(found))
+    logger.info("going on from %s at %d samples", found, state.samples_seen)
+    return replace(state, world_size=ranks.world_size)
+
+
+def _load_again(
+    found: Path, ranks: Ranks, engine: Engine, average: WeightAverage | None, objective: Objective
+) -> TrainState:
+    """Everything as checkpoint `found` has it, in a run that is under way."""
+    state = _load_towers(found, ranks, engine, average)
+    objective.load(found)
+    return state
 
 
 def _check_same_data(state: TrainState, samples: SampleSet, found: Path) -> None:

@@ -1,0 +1,106 @@
+"""Which rank the others wait for, and in which part of the step.
+
+In a synchronous step every rank takes the same time, most of them waiting. What a rank does alone
+tells them apart: waiting for its own data, and its towers' forward pass. A rank that takes much
+longer there than the middle one costs every other rank the difference.
+"""
+
+import logging
+import socket
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.events import record_event
+from trainer.ranks import Ranks
+
+ALONE = ("data_wait", "towers")
+"""Parts of a step (`StepClock`) that wait for no other rank."""
+TIMES_SLOWER = 1.5
+SHARE_OF_STEP = 0.05  # of a step that is lost: less is not worth a word
+
+logger = logging.getLogger("nsphere.train")
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that holds the others up."""
+
+    rank: int
+    part: str  # of ALONE
+    lost_s: float  # a step, beyond the middle rank
+    times_slower: float  # than the middle rank
+
+
+def find_straggler(
+    seconds: Sequence[Mapping[str, float]],  # of each rank: part -> mean seconds a step
+    step_s: float,
+) -> Straggler | None:
+    """The rank that costs most, if it costs enough to be told."""
+    worst: Straggler | None = None
+    for part in ALONE:
+        of_ranks = [each[part] for each in seconds]
+        middle = statistics.median_low(of_ranks)
+        slowest = max(range(len(of_ranks)), key=of_ranks.__getitem__)
+        lost = of_ranks[slowest] - middle
+        times = of_ranks[slowest] / max(middle, 1e-9)
+        if times >= TIMES_SLOWER and lost >= SHARE_OF_STEP * step_s:
+            if worst is None or lost > worst.lost_s:
+                worst = Straggler(slowest, part, lost, times)
+    return worst
+
+
+@dataclass
+class StragglerWatch:
+    """Compares the ranks at every logged step; every rank holds one and calls it together."""
+
+    run: Path
+    ranks: Ranks
+    _nodes: list[str] = field(default_factory=list)
+    _told: tuple[int, str] | None = None
+
+    def observe(self, step: int, seconds: Mapping[str, float]) -> dict[str, float]:
+        """`seconds` as of `StepClock.drain`; what there is for metrics.jsonl. Collective."""
+        if self.ranks.world_size == 1:
+            return {}
+        found = find_straggler(self._gather(seconds), seconds["step_s"])
+        if found is None:
+            self._told = None
+            return {"straggler_lost_s": 0.0}
+        if self._told != (found.rank, found.part):  # once, until it changes
+            self._told = (found.rank, found.part)
+            self._tell(step, found)
+        return {"straggler_lost_s": found.lost_s, "straggler_rank": found.rank}
+
+    def _gather(self, seconds: Mapping[str, float]) -> list[dict[str, float]]:
+        group, device = self.ranks.group, self.ranks.device
+        if not self._nodes:
+            self._nodes = [""] * self.ranks.world_size
+            dist.all_gather_object(self._nodes, socket.gethostname(), group=group)
+        own = torch.tensor([seconds.get(f"{part}_s", 0.0) for part in ALONE], device=device)
+        everyone = own.new_empty(self.ranks.world_size * len(ALONE))
+        dist.all_gather_into_tensor(everyone, own, group=group)
+        rows = everyone.view(-1, len(ALONE)).tolist()
+        return [dict(zip(ALONE, row, strict=True)) for row in rows]
+
+    def _tell(self, step: int, found: Straggler) -> None:
+        if not self.ranks.is_first:
+            return
+        node = self._nodes[found.rank]
+        logger.warning(
+            "step %d: rank %d on %s is %.1f times as slow as the middle rank in %s: every rank "
+            "waits %.3f s a step for it",
+            step,
+            found.rank,
+            node,
+            found.times_slower,
+            found.part,
+            found.lost_s,
+        )
+        details = {"step": step, "rank": found.rank, "node": node, "part": found.part}
+        details |= {"times_slower": found.times_slower, "lost_s": found.lost_s}
+        record_event(self.run, "straggler", details)
