@@ -12,8 +12,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import centers_commands, data_commands
-from launch.signals import BAD_INPUT, StopRequest, die_with_parent
+from launch import centers_commands, data_commands, estimate_command, slurm_commands
+from launch.job import tell_failure
+from launch.signals import BAD_INPUT, OWN_ERROR, StopRequest, die_with_parent
 
 app = typer.Typer(
     help=__doc__.splitlines()[0],
@@ -24,6 +25,8 @@ app = typer.Typer(
 )
 data_commands.register(app)
 centers_commands.register(app)
+slurm_commands.register(app)
+estimate_command.register(app)
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -189,6 +192,17 @@ def main() -> None:
     """Run a command; what the user can mend is one line an error on stderr, and exit code 2."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
+    try:
+        _call()
+    except SystemExit as ended:
+        tell_failure(ended.code)
+        raise
+    except BaseException:
+        tell_failure(OWN_ERROR)
+        raise
+
+
+def _call() -> None:
     try:
         app()
     except (ValueError, RuntimeError, OSError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import SampleSet
 from data.index import Index
 from launch.hosts import Hosts
 from launch.local import run_local
@@ -45,13 +46,7 @@ def train(
         hosts = Hosts.parse(num_hosts, endpoint, run.name, config.launch.start_timeout)
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    check_config(run, config, resume=resume)
-    with shard_progress("indexing shards") as progress:
-        samples = build_samples(config, progress)
-        if config.data.val_shards:
-            check_sets(config, config.data.val_shards, progress)
-    _name_problems(samples.indexes)
-    check_fit(config, samples, num_ranks * hosts.minimum)
+    samples = check_run(config, run, resume=resume, num_ranks=num_ranks * hosts.minimum)
     check_memory(config, num_ranks, count_classes(config, samples))
     if num_ranks == 1 and hosts.is_alone:
         return train_rank(config_path, overrides, run, resume, stop)
@@ -62,6 +57,21 @@ def train(
     code = run_local(num_ranks, arguments, hosts=hosts, restarts=restarts, stop=stop)
     _say_end(code, run)
     return code
+
+
+def check_run(config: Config, run: Path, *, resume: bool, num_ranks: int) -> SampleSet:
+    """What can be known on any machine before ranks are started: the folder, the data, their fit.
+
+    Raises ConfigError or DataError for what must be mended first.
+    """
+    check_config(run, config, resume=resume)
+    with shard_progress("indexing shards") as progress:
+        samples = build_samples(config, progress)
+        if config.data.val_shards:
+            check_sets(config, config.data.val_shards, progress)
+    _name_problems(samples.indexes)
+    check_fit(config, samples, num_ranks)
+    return samples
 
 
 def train_rank(
