@@ -15,18 +15,21 @@ from typing import Any
 EVENTS_FILE = "events.jsonl"
 
 
-def record_event(run: Path, event: str, details: Mapping[str, Any] | None = None) -> None:
-    """Append {"time", "event", "host", **details}; a folder that refuses is no reason to die."""
+def record_event(run: Path, event: str, details: Mapping[str, Any] | None = None) -> bool:
+    """Append {"time", "event", "host", **details}; a folder that refuses is no reason to die.
+
+    False where it did: the caller may have something to tell later.
+    """
     line = {"time": time.time(), "event": event, "host": socket.gethostname(), **(details or {})}
     text = (json.dumps(line) + "\n").encode()
     try:
         file = os.open(run / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     except OSError:
-        return
+        return False
     try:
-        os.write(file, text)
+        return os.write(file, text) == len(text)
     except OSError:
-        return
+        return False
     finally:
         os.close(file)
 

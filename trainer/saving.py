@@ -81,6 +81,7 @@ class CheckpointFolder:
         self._copies = HostCopies(ranks.device)
         self._save: _Save | None = None
         self._num_refused = 0  # in a row
+        self._untold: list[dict[str, Any]] = []  # events, rank 0
         self._unsaved = ""  # why the newest state is not on the disk
         self._remote = remote
         self._uploader: Uploader | None = None
@@ -223,6 +224,8 @@ class CheckpointFolder:
             save.committing = True
         else:
             self._save, self._num_refused, self._unsaved = None, 0, ""
+            if self._untold:
+                self._tell()
             if self._uploader is not None:
                 self._uploader.submit(save.final)
 
@@ -234,9 +237,7 @@ class CheckpointFolder:
         if self._ranks.is_first:
             for torso in self.folder.glob(".saving-*"):  # it would keep a full disk full
                 remove(torso)
-            record_event(
-                self.folder.parent, "save_refused", {"step": step, "error": failure.reason}
-            )
+            self._tell({"step": step, "error": failure.reason})
             last = next((step_name(s) for s in reversed(list_steps(self.folder))), "none")
         last = self._together.gather(last)[0]
         self._unsaved += f"; the newest checkpoint there: {last}"
@@ -247,6 +248,12 @@ class CheckpointFolder:
             "checkpoint.max_refused = %d)",
             *(self._unsaved, self._num_refused, self._max_refused),
         )
+
+    def _tell(self, *refused: dict[str, Any]) -> None:
+        """Record events of refused saves; those that the disk does not take either come later."""
+        run = self.folder.parent
+        told = [*self._untold, *refused]
+        self._untold = [d for d in told if not record_event(run, "save_refused", d)]
 
     def _commit(self, save: _Save, files: dict[str, tuple[int, str]]) -> None:
         """Manifest, rename, prune. Runs on rank 0, in a thread."""
