@@ -1,5 +1,6 @@
 """Environment -> Ranks: the one reader of what torchrun, accelerate, SLURM or nobody has set."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -7,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from launch.meeting import meet
 from trainer.flight import record_collectives
@@ -17,6 +20,10 @@ from trainer.ranks import Ranks
 
 MEETING_S = 1800.0
 COLLECTIVE_S = 1800.0
+
+
+_OF_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_INTERACTIVE_STEP = "4294967290"  # salloc's own shell, where the site has use_interactive_step
 
 
 class LaunchError(RuntimeError):
@@ -36,14 +43,31 @@ class Place:
 def find_place(environment: Mapping[str, str]) -> Place:
     """Read torchrun's and accelerate's variables, else a SLURM step's, else one plain process.
 
-    Raises LaunchError where variables are missing or are not numbers.
+    torchrun inside a SLURM step counts, whatever the step's tasks are: they are its agents.
+    Raises LaunchError where variables are missing, are no numbers or contradict each other, and in
+    a shell of a SLURM job with several nodes, where one process would train alone.
     """
+    num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    in_step = num_tasks.isdigit() and int(num_tasks) > 1
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        names, source = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun"
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        names, source = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "slurm"
-    else:
-        return Place()
+        place = _read_place(environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun")
+        if in_step and "TORCHELASTIC_RUN_ID" not in environment:
+            _check_same(place, _read_place(environment, _OF_SLURM, "slurm"))
+        return place
+    if in_step:
+        return _read_place(environment, _OF_SLURM, "slurm")
+    num_nodes = environment.get("SLURM_JOB_NUM_NODES", "1")
+    in_shell = environment.get("SLURM_STEP_ID", _INTERACTIVE_STEP) == _INTERACTIVE_STEP
+    if in_shell and num_nodes != "1":
+        raise LaunchError(
+            f"this is a shell of SLURM job {environment.get('SLURM_JOB_ID')} with {num_nodes} "
+            "nodes, and one process would train here alone: start the ranks with `srun python -P "
+            "-m launch.cli train ...`, or unset SLURM_JOB_NUM_NODES to use this node only"
+        )
+    return Place()
+
+
+def _read_place(environment: Mapping[str, str], names: tuple[str, str, str], source: str) -> Place:
     missing = [name for name in names if not environment.get(name, "").isdigit()]
     if missing:
         raise LaunchError(
@@ -51,7 +75,27 @@ def find_place(environment: Mapping[str, str]) -> Place:
             "start ranks with torchrun, accelerate launch or srun, or unset them all"
         )
     rank, world_size, local_rank = (int(environment[name]) for name in names)
+    if rank >= world_size:
+        raise LaunchError(
+            f"{names[0]}={rank} with {names[1]}={world_size}: ranks count from 0 to "
+            f"{max(world_size - 1, 0)}; start ranks with torchrun, accelerate launch or srun"
+        )
+    local_size = environment.get("LOCAL_WORLD_SIZE", "") if source == "torchrun" else ""
+    if local_rank >= (int(local_size) if local_size.isdigit() else world_size):
+        raise LaunchError(
+            f"{names[2]}={local_rank} with {local_size or world_size} ranks on this node: local "
+            "ranks count from 0; start ranks with torchrun, accelerate launch or srun"
+        )
     return Place(rank, world_size, local_rank, source)
+
+
+def _check_same(place: Place, slurm: Place) -> None:
+    if (place.rank, place.world_size) != (slurm.rank, slurm.world_size):
+        raise LaunchError(
+            f"RANK={place.rank}, WORLD_SIZE={place.world_size} contradict srun, which started this "
+            f"as task {slurm.rank} of {slurm.world_size}: unset RANK, WORLD_SIZE and LOCAL_RANK "
+            "(from the job's script or an earlier shell?), or start one torchrun a node"
+        )
 
 
 def is_rank(environment: Mapping[str, str]) -> bool:
@@ -88,6 +132,8 @@ def open_ranks(
     _init_group(place, environment, device, meeting_s, collective_s)
     try:
         yield Ranks(dist.group.WORLD, place.rank, place.world_size, place.local_rank, device)
+        # Nobody leaves while rank 0 still writes: srun would end the others' slower peers.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -114,37 +160,98 @@ def _init_group(
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
         )
-    elif not environment.get("MASTER_ADDR") or not environment.get("MASTER_PORT"):
-        raise LaunchError(
-            "RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not: set both to the "
-            "address and a free port of rank 0's host, or start with torchrun"
-        )
-    store, rank, world_size = next(
-        dist.rendezvous(  # type: ignore[attr-defined]
-            "env://", place.rank, place.world_size, timeout=timedelta(seconds=meeting_s)
-        )
-    )
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = meet(store, rank, world_size, meeting_s)
     dist.init_process_group(
         backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
+        store=_open_store(place, os.environ, meeting_s),
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=timedelta(seconds=collective_s),
     )
 
 
-def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port of a SLURM step's first node; the port follows from job and restart."""
-    port = (
-        20000
-        + (
-            int(environment.get("SLURM_JOB_ID", "0")) * 7
-            + int(environment.get("SLURM_RESTART_COUNT", "0"))
+def _open_store(place: Place, environment: Mapping[str, str], meeting_s: float) -> Store:
+    """Where the ranks find each other: MASTER_ADDR:MASTER_PORT, kept by rank 0 or by torchrun.
+
+    Raises LaunchError for an address that is missing or unknown, and a port that is taken.
+    """
+    address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise LaunchError(
+            f"RANK and WORLD_SIZE are set but MASTER_ADDR ({address!r}) or MASTER_PORT ({port!r}) "
+            "is not: set both to the address and a free port of rank 0's host, or start with "
+            "torchrun"
         )
-        % 20000
+    try:
+        found = socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise LaunchError(
+            f"MASTER_ADDR={address} cannot be found ({error}): set it to the address of rank 0's "
+            "host as the other hosts know it"
+        ) from None
+    agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listening = None
+    if place.rank == 0 and not agents:
+        listening = _listen(found, is_alone=_is_one_host(place, environment))
+    store = TCPStore(
+        address,
+        int(port),
+        None if agents else place.world_size,
+        listening is not None,
+        timeout=timedelta(seconds=meeting_s),
+        master_listen_fd=None if listening is None else listening.detach(),
     )
+    return meet(store, place.rank, place.world_size, meeting_s) if agents else store
+
+
+def _listen(found: tuple[Any, ...], *, is_alone: bool) -> socket.socket:
+    """Listen on the master's address alone; torch by itself would on every interface.
+
+    On all of them only where that is no way for the others: an address that is not of this host
+    (behind NAT), or a name that means loopback here (Debian's /etc/hosts) while others come from
+    outside.
+    """
+    family, _, _, _, address = found
+    everywhere = ("::" if family == socket.AF_INET6 else "0.0.0.0", *address[1:])
+    loopback = address[0].startswith("127.") or address[0] == "::1"
+    places = [everywhere] if loopback and not is_alone else [address, everywhere]
+    for place in places:
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(place)
+            listening.listen(4096)
+        except OSError as error:
+            listening.close()
+            if error.errno == errno.EADDRNOTAVAIL and place is not everywhere:
+                continue
+            if error.errno == errno.EADDRINUSE:
+                raise LaunchError(
+                    f"MASTER_PORT={place[1]} is taken on {socket.gethostname()} by another "
+                    f"program (which: ss -ltnp 'sport = :{place[1]}'): set it to a free one"
+                ) from None
+            raise LaunchError(
+                f"MASTER_ADDR={place[0]}, MASTER_PORT={place[1]}: rank 0 cannot listen: {error}"
+            ) from None
+        break
+    return listening
+
+
+def _is_one_host(place: Place, environment: Mapping[str, str]) -> bool:
+    if place.source == "slurm":
+        return environment.get("SLURM_STEP_NUM_NODES") == "1"
+    return environment.get("LOCAL_WORLD_SIZE") == str(place.world_size)
+
+
+def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port of a SLURM step's first node; the port follows from job, restart and step.
+
+    Another step has another port: what is left of a lost rank does not get in the way.
+    """
+    job, restart, step = (
+        int(environment.get(f"SLURM_{name}", "0"))
+        for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
+    )
+    port = 20000 + (7 * job + restart + 131 * step) % 12000  # Linux gives clients 32768 and up
     if environment.get("MASTER_ADDR"):
         return environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", port))
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
