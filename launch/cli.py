@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import centers_commands, data_commands, estimate_command, slurm_commands
+from launch import centers_commands, data_commands, doctor_command, estimate_command, slurm_commands
 from launch.job import tell_failure
 from launch.signals import BAD_INPUT, OWN_ERROR, StopRequest, die_with_parent
 
@@ -27,6 +27,7 @@ data_commands.register(app)
 centers_commands.register(app)
 slurm_commands.register(app)
 estimate_command.register(app)
+doctor_command.register(app)
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

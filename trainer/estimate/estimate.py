@@ -6,9 +6,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from trainer.config import Config
+from trainer.dropout import use_row_keys
 from trainer.estimate.clock import DISK_BYTES_A_SECOND, StepTime, step_time, tower_flops
 from trainer.estimate.machines import GIB, resident_bytes
 from trainer.estimate.meter import Pass, extrapolate, measure_pass, run_pass
@@ -125,10 +129,15 @@ def shared_bytes(plan: Plan, model: Model) -> int:
 
 def sample_bytes(model: Model) -> int:
     """Of a sample in a batch."""
-    size = getattr(model, "image_size", None)
-    pixels = 3 * size[0] * size[1] if size else 0
+    height, width = _image_size(model) or (0, 0)
+    pixels = 3 * height * width
     spec = model.tokenizer_spec
     return pixels + (8 * spec.context_length if spec else 0) + 4 * 8 + KEY_BYTES
+
+
+def _image_size(model: Model) -> tuple[int, int] | None:
+    """None for texts alone."""
+    return model.image_size if model.image_size[0] else None
 
 
 def _build(config: Config, device: str) -> Model:
@@ -145,7 +154,7 @@ def _measure(plan: Plan, model: Model, rows: int) -> Pass:
     autocast = AUTOCAST[plan.config.train.precision]
     try:
         return measure_pass(model, partial(_inputs, model, rows, labels), autocast)
-    except DynamicOutputShapeException:
+    except (DynamicOutputShapeException, DataDependentOutputException):
         real = _build(plan.config, "cpu")
     few = [
         run_pass(real, _inputs(real, count, count * labels // rows), autocast) for count in FEW_ROWS
@@ -155,7 +164,8 @@ def _measure(plan: Plan, model: Model, rows: int) -> Pass:
 
 def _inputs(model: Model, rows: int, labels: int) -> tuple[Tensor, ...]:
     given: list[Tensor] = []
-    size = getattr(model, "image_size", None)
+    use_row_keys(model, torch.zeros(rows, dtype=torch.int64))
+    size = _image_size(model)
     if size:
         given.append(torch.zeros(rows, 3, *size, dtype=torch.uint8))
     spec = model.tokenizer_spec
@@ -163,6 +173,7 @@ def _inputs(model: Model, rows: int, labels: int) -> tuple[Tensor, ...]:
         given.append(torch.ones(rows, spec.context_length, dtype=torch.int64))
     if labels and spec is not None:
         given.append(torch.ones(labels, spec.context_length, dtype=torch.int32))
+        given.append(torch.zeros(labels, dtype=torch.int64))
     return tuple(given)
 
 
