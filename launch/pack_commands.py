@@ -1,12 +1,15 @@
 """`nsphere pack folder|table|rec|identities|lst|scenes`: images -> tar shards with their index."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data.pack.writer import MAX_BYTES, MAX_SAMPLES, Packed, ShardLimits
+from data.pack.limits import MAX_BYTES, MAX_SAMPLES, ShardLimits
 from launch.progress import shard_progress
+
+if TYPE_CHECKING:
+    from data.pack.writer import Packed
 
 pack = typer.Typer(
     help="Write tar shards from images with captions or identities.", no_args_is_help=True
@@ -232,7 +235,7 @@ def scenes(
     _tell(packed)
 
 
-def _tell(packed: Packed) -> None:
+def _tell(packed: "Packed") -> None:
     for line in packed.left_out:
         typer.echo(f"left out: {line}")
     first, last = packed.shards[0], packed.shards[-1]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from data.pack.writer import MAX_BYTES, MAX_SAMPLES, ShardLimits
+from data.pack.limits import MAX_BYTES, MAX_SAMPLES, ShardLimits
 from launch.pack_commands import MaxBytes, MaxSamples, Out
 from launch.progress import shard_progress
 

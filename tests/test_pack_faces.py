@@ -22,10 +22,11 @@ from data.names import read_identities, write_identities
 from data.pack import identities as identities_module
 from data.pack.face_table import pack_face_table
 from data.pack.identities import pack_identities
+from data.pack.limits import ShardLimits
 from data.pack.lst import pack_lst
 from data.pack.numbering import Naming
 from data.pack.rec import pack_rec
-from data.pack.writer import LeftOut, ShardLimits
+from data.pack.writer import LeftOut
 from launch.pack_commands import pack
 
 

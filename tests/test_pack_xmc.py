@@ -19,7 +19,7 @@ from data.filters import load_filter
 from data.index import load_index
 from data.label_lists import index_label_lists
 from data.label_table import read_label_table
-from data.pack.writer import ShardLimits
+from data.pack.limits import ShardLimits
 from data.pack.xmc import Labelling, pack_xmc
 from data.pack.xmc_rows import Reading
 from launch.cli import app

@@ -14,10 +14,10 @@ from tars import picture
 
 from data.errors import DataError
 from data.pack import rec as pack_rec_module
+from data.pack.limits import ShardLimits
 from data.pack.numbering import Naming
 from data.pack.rec import find_offset, pack_rec
 from data.pack.recordio import RecordFile, parse_image, read_property
-from data.pack.writer import ShardLimits
 
 WORDS = st.lists(st.sampled_from([MAGIC, b"abcd", b"\0\0\0\0", MAGIC[2:] + MAGIC[:2]]), max_size=9)
 PAYLOADS = st.builds(lambda words, tail: b"".join(words) + tail, WORDS, st.binary(max_size=5))

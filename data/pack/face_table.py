@@ -7,9 +7,10 @@ from typing import Any
 
 from data.errors import DataError
 from data.pack.folder import plain_key
+from data.pack.limits import LIMITS, ShardLimits
 from data.pack.numbering import NAMING, LabelNumbering, Naming, Numbering
 from data.pack.table import open_table, row_image
-from data.pack.writer import LIMITS, LeftOut, Packed, Progress, ShardLimits, pack_iterable
+from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 
 def pack_face_table(

@@ -9,7 +9,8 @@ import numpy as np
 
 from data.decode import image_size
 from data.errors import DataError
-from data.pack.writer import MAX_BYTES, MAX_SAMPLES, LeftOut, Packed, Progress, pack_iterable
+from data.pack.limits import MAX_BYTES, MAX_SAMPLES
+from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 

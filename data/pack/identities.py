@@ -15,8 +15,9 @@ from data.errors import DataError
 from data.order import derive_key, permute
 from data.pack.folder import IMAGE_ENDINGS, plain_key
 from data.pack.images import image_part
+from data.pack.limits import LIMITS, ShardLimits
 from data.pack.numbering import NAMING, Naming, Numbering
-from data.pack.writer import LIMITS, LeftOut, Packed, Progress, ShardLimits, pack_iterable
+from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 POOL_IMAGES = 1 << 16
 """Images that are mixed with each other."""

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.pack.images import image_part
+from data.pack.limits import LIMITS, ShardLimits
 from data.pack.numbering import NAMING, LabelNumbering, Naming
-from data.pack.writer import LIMITS, LeftOut, Packed, Progress, ShardLimits, pack_iterable
+from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 _SCAN_BYTES = 1 << 20
 _EXACT = 1 << 53  # decimal labels pass through a float64

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.order import derive_key, permute
 from data.pack.images import image_part
+from data.pack.limits import LIMITS, ShardLimits
 from data.pack.numbering import NAMING, LabelNumbering, Naming
 from data.pack.recordio import ImageRecord, RecordFile, class_of, read_property
-from data.pack.writer import LIMITS, LeftOut, Packed, Progress, ShardLimits, pack_iterable
+from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 POOL_BYTES = 256 << 20
 EXACT_LABELS = 1 << 24

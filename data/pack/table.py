@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from data.errors import DataError
 from data.pack.folder import plain_key
 from data.pack.images import image_part
-from data.pack.writer import MAX_BYTES, MAX_SAMPLES, LeftOut, Packed, Progress, pack_iterable
+from data.pack.limits import MAX_BYTES, MAX_SAMPLES
+from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 Row = dict[str, Any]
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 from data.errors import DataError
+from data.pack.limits import MAX_BYTES, MAX_SAMPLES
 from data.remote import FileStore
 from data.rows import DEFAULT_KEYS, Keys, RowBuilder
 from data.table import Source, save_table
@@ -24,20 +25,8 @@ Parts = Mapping[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all; 0 when unknown)."""
 
-MAX_SAMPLES = 10_000
-MAX_BYTES = 1 << 30
 _PROGRESS_EVERY = 100
 _LISTED = 1000
-
-
-class ShardLimits(NamedTuple):
-    """Where a shard ends."""
-
-    max_samples: int = MAX_SAMPLES
-    max_bytes: int = MAX_BYTES
-
-
-LIMITS = ShardLimits()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from data.filters import read_filter
 from data.label_lists import LabelLists
 from data.label_table import LABELS, LabelTable, read_label_table, write_label_table
 from data.pack.label_documents import closure
-from data.pack.writer import LIMITS, Packed, Progress, ShardLimits, ShardWriter, shard_pattern
+from data.pack.limits import LIMITS, ShardLimits
+from data.pack.writer import Packed, Progress, ShardWriter, shard_pattern
 from data.pack.xmc_labels import find_label_texts, read_label_texts
 from data.pack.xmc_rows import Document, Documents, Reading, open_documents
 from data.rows import MAX_LABEL, Keys
