@@ -1,9 +1,10 @@
 """`python -m benchmarks.sampling --shards PATTERN [--json]`: does the sample rate move the loss?
 
-The same run four times: all centers in every step; a tenth of them with the correction; a tenth,
-half of it the nearest centers, which stand for themselves, so that the weighed sum is as right and
-less noisy; and a tenth without the correction. The loss of each is the mean over the last quarter
-of its steps; the offset without the correction is also told at the first step, where all have the
+The same run several times: all centers in every step; a tenth of them with the correction, also
+with the exact mode of the optimizer, where momentum goes on while a center is not touched; such a
+tenth, half of it the nearest centers, which stand for themselves, so that the weighed sum is as
+right and less noisy; and a tenth without the correction. The loss of each is the mean over the last
+quarter of its steps; the offset without the correction is also told at the first step, where all have the
 same weights and it should be the logarithm of the share of classes that take part.
 """
 
@@ -55,8 +56,10 @@ trackers = []
 RUNS = {
     "all": ["--centers.sample_rate=1.0"],
     "0.1, corrected": ["--centers.sample_rate=0.1"],
+    "0.1, corrected, exact": ["--centers.sample_rate=0.1", "--centers.mode=exact"],
     "0.1, half nearest": [
         "--centers.sample_rate=0.1",
+        "--centers.mode=exact",
         "--centers.hard_share=0.5",
         "--centers.hard_every=20",
     ],

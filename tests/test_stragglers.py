@@ -49,7 +49,11 @@ def _train_slowed(group, config, run):
 
 
 def test_a_slowed_rank_is_named(tmp_path):
-    config = tiny_config(tmp_path, train={"duration": "24 steps", "global_batch_size": 32})
+    config = tiny_config(
+        tmp_path,
+        train={"duration": "24 steps", "global_batch_size": 32},
+        log={"straggler_window": 0.5},
+    )
     run_ranks(2, _train_slowed, config, str(tmp_path / "run"))
     told = [event for event in read_events(tmp_path / "run") if event["event"] == "straggler"]
     assert told, "the slowed rank was not found"

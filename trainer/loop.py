@@ -286,7 +286,7 @@ class Loop:
         if not (_is_due(state.step, self.plan.log_every) or state.step == self.plan.total_steps):
             return
         seconds = self.clock.drain(self.plan.log_every)
-        seconds |= self.stragglers.observe(state.step, seconds)
+        seconds |= self.stragglers.observe(state.step, seconds, self.plan.log_every)
         batch_size = self.config.train.global_batch_size
         values: dict[str, Any] = {
             "epoch": state.samples_seen / self.epoch_samples,

@@ -320,6 +320,8 @@ class LogConfig(Section):
     every: Duration = Duration("10 steps")
     samples: bool = False
     """Write samples/step-*.json: the sample keys of every global batch, in order."""
+    straggler_window: float = Field(default=60.0, gt=0)
+    """Seconds over which ranks are compared before one that holds the others up is named."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Experiment trackers, through accelerate."""
 

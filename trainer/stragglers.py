@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from trainer.collectives import max_over_ranks
 from trainer.events import record_event
 from trainer.ranks import Ranks
 
@@ -56,18 +57,35 @@ def find_straggler(
 
 @dataclass
 class StragglerWatch:
-    """Compares the ranks at every logged step; every rank holds one and calls it together."""
+    """Compares the ranks over some time; every rank holds one and calls it at every logged step."""
 
     run: Path
     ranks: Ranks
+    window_s: float  # time over which ranks are compared: single steps differ by chance
+    _sums: dict[str, float] = field(default_factory=dict)
+    _num_steps: int = 0
     _nodes: list[str] = field(default_factory=list)
     _told: tuple[int, str] | None = None
 
-    def observe(self, step: int, seconds: Mapping[str, float]) -> dict[str, float]:
-        """`seconds` as of `StepClock.drain`; what there is for metrics.jsonl. Collective."""
+    def observe(self, step: int, seconds: Mapping[str, float], num_steps: int) -> dict[str, float]:
+        """`seconds` a step as of `StepClock.drain` over `num_steps`; what metrics.jsonl is told.
+
+        Collective whenever a window is over, which every rank finds at the same step.
+        """
         if self.ranks.world_size == 1:
             return {}
-        found = find_straggler(self._gather(seconds), seconds["step_s"])
+        for name in ("step_s", *(f"{part}_s" for part in ALONE)):
+            self._sums[name] = self._sums.get(name, 0.0) + seconds.get(name, 0.0) * num_steps
+        self._num_steps += num_steps
+        longest = max_over_ranks(
+            torch.tensor(self._sums["step_s"], dtype=torch.float64).to(self.ranks.device),
+            self.ranks.group,
+        )
+        if float(longest) < self.window_s:
+            return {}
+        means = {name: total / self._num_steps for name, total in self._sums.items()}
+        self._sums, self._num_steps = {}, 0
+        found = find_straggler(self._gather(means), means["step_s"])
         if found is None:
             self._told = None
             return {"straggler_lost_s": 0.0}

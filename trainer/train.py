@@ -124,7 +124,7 @@ def _train(
         planning=_build_planning(config, run, samples, model, ranks, found, state, plan),
         progress=progress,
         load=partial(_load_again, ranks=ranks, engine=engine, average=average, objective=objective),
-        stragglers=StragglerWatch(run, ranks),
+        stragglers=StragglerWatch(run, ranks, config.log.straggler_window),
     )
     record_start(run, ranks, state.step)
     try:
