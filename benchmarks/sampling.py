@@ -4,8 +4,8 @@ The same run several times: all centers in every step; a tenth of them with the 
 with the exact mode of the optimizer, where momentum goes on while a center is not touched; such a
 tenth, half of it the nearest centers, which stand for themselves, so that the weighed sum is as
 right and less noisy; and a tenth without the correction. The loss of each is the mean over the last
-quarter of its steps; the offset without the correction is also told at the first step, where all have the
-same weights and it should be the logarithm of the share of classes that take part.
+quarter of its steps; the offset without the correction is also told at the first step, where all
+have the same weights and it should be the logarithm of the share of classes that take part.
 """
 
 import argparse
