@@ -191,6 +191,8 @@ _stop = StopRequest()
 
 def main() -> None:
     """Run a command; what the user can mend is one line an error on stderr, and exit code 2."""
+    # Large tensors in huge pages: where each step makes them anew, page faults cost more than sums.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:
