@@ -26,6 +26,7 @@ def _rank_main(
     os.environ.update(
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
+        TORCH_FR_BUFFER_SIZE="64",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
