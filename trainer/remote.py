@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.utils import get_protocol
 
 from data.errors import DataError
 from data.retry import Retry, TransientError
@@ -48,8 +49,9 @@ class Remote:
         self._retry = retry or Retry(attempts=4)
         self._opened: tuple[Any, str] | None = None
         self._sent: tuple[str, set[str]] = ("", set())  # files of an upload that was broken off
-        try:
-            _, path = fsspec.core.url_to_fs(url)
+        try:  # nothing is asked of the store yet: it may be down for now
+            self._driver = fsspec.get_filesystem_class(get_protocol(url))
+            path = str(self._driver._strip_protocol(url))
         except (ImportError, ValueError, TypeError) as error:
             raise ConfigError(f"checkpoint.remote = {url!r}: {error}") from None
         if not path.strip("/") or re.match(r"[A-Za-z][\w+.-]+:/?[^/]", url):
@@ -59,8 +61,8 @@ class Remote:
 
     def local_path(self) -> Path | None:
         """Where it lies, if it is a folder of this machine."""
-        system, path = fsspec.core.url_to_fs(self.url)
-        return Path(path) if "file" in system.protocol else None
+        local = "file" in self._driver.protocol
+        return Path(str(self._driver._strip_protocol(self.url))) if local else None
 
     def steps(self) -> list[int]:
         """Steps of its checkpoints, oldest first, whole or not."""
@@ -245,6 +247,7 @@ class Uploader:
         self._waiting: Path | None = None
         self._current: Path | None = None
         self._forget: int | None = None
+        self._working = False
         self._finishing = False
         self._moved = time.monotonic()  # when a file last arrived
         self._thread: threading.Thread | None = None
@@ -252,7 +255,7 @@ class Uploader:
     def submit(self, checkpoint: Path) -> None:
         """Copy it when the one under way is done; one that still waits is let go."""
         with self._changed:
-            self._waiting = checkpoint
+            self._waiting, self._finishing = checkpoint, False
             self._wake()
 
     def forget_after(self, step: int) -> None:
@@ -275,7 +278,7 @@ class Uploader:
     def is_idle(self) -> bool:
         """Whether nothing is left to do, or no file has arrived for PATIENCE_S at the end."""
         with self._changed:
-            if self._waiting is None and self._current is None and self._forget is None:
+            if not self._working and self._waiting is None and self._forget is None:
                 return True
             stuck = self._finishing and time.monotonic() - self._moved > PATIENCE_S
         if stuck:
@@ -298,11 +301,13 @@ class Uploader:
                 )
                 forget, self._forget = self._forget, None
                 self._current, self._waiting = self._waiting, None
+                self._working = True
                 last_try = self._finishing
             error = self._do(forget, self._current)
             failures = failures + 1 if error else 0
             with self._changed:
                 failed, self._current = self._current if error else None, None
+                self._working = False
                 if failed is not None and not last_try:
                     self._waiting = self._waiting or failed
                     pause = min(600.0, self._pause_s * 2 ** (failures - 1))
@@ -320,8 +325,8 @@ class Uploader:
         except (RemoteError, OSError, ValueError) as error:
             name = checkpoint.name if checkpoint is not None else f"after step {forget}"
             logger.warning(
-                "%s: not copied to the remote store, which holds older ones only: %s; training "
-                "goes on and it is tried again",
+                "%s: not copied to the remote store, which has older ones at most: %s; training "
+                "goes on and the newest is tried again",
                 *(name, error),
             )
             details = {"step": _step_of(checkpoint), "error": str(error)}
