@@ -10,6 +10,7 @@ import torch
 from data.dataset import SampleSet
 from data.index import Index
 from launch.hosts import Hosts
+from launch.jit_locks import remove_stale_locks
 from launch.local import run_local
 from launch.progress import shard_progress
 from launch.ranks import LaunchError, is_rank, open_ranks
@@ -90,6 +91,8 @@ def train_rank(
             "nsphere: this torchrun dies of SIGUSR1 and its ranks with it, unsaved: start it with "
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1, or use nsphere train"
         )
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        remove_stale_locks(os.environ)
     config = load_config(config_path, overrides)
     longest = config.launch.start_timeout + config.launch.timeout
     try:

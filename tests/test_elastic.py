@@ -3,13 +3,16 @@
 Through the real launchers; whatever befell a run, its losses are those of one that nobody touched.
 """
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,11 +22,13 @@ from ranks import run_ranks
 from tiny_runs import read_losses, read_samples, train_rank
 
 from launch.hosts import Hosts
+from launch.jit_locks import remove_stale_locks
 from launch.meeting import meet
 from launch.restarts import Restarts, explain, verdict
 from launch.signals import BAD_INPUT, OWN_ERROR, RANK_LOST, STOPPED, dies_of_usr1
-from trainer.config import load_config
+from trainer.config import ConfigError, load_config
 from trainer.events import read_events
+from trainer.lock import Owner, RunLock
 
 Start = Callable[..., Launched]
 TWO_RANKS = [*NSPHERE, "train", "run.toml", "--nproc", "2"]
@@ -144,7 +149,6 @@ def test_its_own_error_is_not_started_again(start):
     ("run", "command", "number", "code"),
     [
         ("int", [*TWO_RANKS, "--run", "int"], signal.SIGINT, STOPPED),
-        ("usr1", [*TWO_RANKS, "--run", "usr1"], signal.SIGUSR1, STOPPED),
         ("term", [*TORCHRUN_TWO, *AS_RANK, "--run-dir", "term"], signal.SIGTERM, 1),
     ],
 )
@@ -197,8 +201,8 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_fewer_hosts_go_on(project, start):
     """Two launchers with --nnodes 1:2; one is killed with its rank, the other goes on alone."""
-    with dist.TCPStore("localhost", 0, is_master=True) as probe:
-        port = probe.port
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
     hosts = ("--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", f"localhost:{port}")
     command = (*NSPHERE, "train", "run.toml", *hosts, "--run", "fewer")
     one, other = start("fewer", *command), start("fewer", *command)
@@ -250,6 +254,46 @@ def test_who_dies_of_usr1():
         assert dies_of_usr1(process.pid)
         process.kill()
     assert not dies_of_usr1(process.pid)
+
+
+def test_stale_locks_of_compilers_are_removed(tmp_path, capsys):
+    old, fresh = tmp_path / "cpu_adam" / "lock", tmp_path / "py311_cu130" / "fused_adam" / "lock"
+    for lock in (old, fresh):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (0, 0))
+    (old.parent / "cpu_adam.o").touch()
+    os.utime(old.parent / "cpu_adam.o", (0, 0))
+    remove_stale_locks({"TORCH_EXTENSIONS_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)})
+    assert not old.exists() and fresh.exists()
+    assert f"{old} removed" in capsys.readouterr().err
+
+
+HOLDING = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("held_s", "taken"), [(2.0, True), (30.0, False)])
+def test_the_lock_of_a_host_that_is_gone_is_waited_for(tmp_path, monkeypatch, held_s, taken):
+    """A file server frees it after the lease; until then a restart without that host waits."""
+    monkeypatch.setattr("trainer.lock.SILENT_S", 0.5)
+    monkeypatch.setattr("trainer.lock.LEASE_S", 4.0)
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps(asdict(Owner(1, "a-host-that-is-gone", "yesterday"))))
+    command = [sys.executable, "-c", HOLDING, str(path), str(held_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        if taken:
+            RunLock(path).close()
+        else:
+            with pytest.raises(ConfigError, match="is in use by process 1 on a-host-that-is-gone"):
+                RunLock(path)
+        process.kill()
 
 
 @pytest.mark.parametrize(

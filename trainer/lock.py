@@ -25,6 +25,7 @@ from trainer.config import ConfigError
 LOCK_FILE = ".lock"
 BEAT_S = 5.0
 SILENT_S = 30.0  # a heartbeat that stands still for so long is a dead owner's
+LEASE_S = 150.0  # a file server frees a dead host's locks after its lease (NFSv4: 90 s)
 
 # `man 2 flock`: these either know one host only, or carry locks between hosts.
 _REACHING = {
@@ -111,18 +112,23 @@ class RunLock:
 
     def _lock(self) -> bool:
         """False where the file system has no locks at all."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return False
-            owner = read_owner(self._path) or "another process"
-            raise _in_use(self._path, owner) from None
-        return True
+        until = time.monotonic() + LEASE_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return False
+            owner = read_owner(self._path)
+            here = owner is None or owner.host == socket.gethostname()
+            if here or time.monotonic() > until:
+                raise _in_use(self._path, owner or "another process")
+            self._wait_for_silence("another host holds it, a dead one perhaps")
 
     def _take(self, *, reaches: bool, kind: str) -> None:
         if not reaches:
-            self._wait_for_silence(kind)
+            self._wait_for_silence(f"locks may not reach other hosts (file system {kind})")
         self._owner = Owner(
             os.getpid(),
             socket.gethostname(),
@@ -136,14 +142,13 @@ class RunLock:
             if problem := self.lost_to():
                 raise ConfigError(problem)
 
-    def _wait_for_silence(self, kind: str) -> None:
+    def _wait_for_silence(self, why: str) -> None:
         first = read_owner(self._path)
         if first is None or (first.host == socket.gethostname() and not _is_alive(first.pid)):
             return
         logger.warning(
-            "%s: locks may not reach other hosts (file system %s); watching the heartbeat of %s "
-            "for %.0f s",
-            *(self._path, kind, first, SILENT_S),
+            "%s: %s; watching the heartbeat of %s for %.0f s",
+            *(self._path, why, first, SILENT_S),
         )
         until = time.monotonic() + SILENT_S
         while time.monotonic() < until:
