@@ -157,9 +157,12 @@ def _parse_sweep(text: str) -> list[str]:
 
 
 def _folder_name(overrides: Sequence[str]) -> str:
-    words = [override.removeprefix("--").partition("=") for override in overrides]
-    names = (f"{key.rpartition('.')[2]}-{value}" for key, _, value in words)
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", "_".join(names)).strip("-")
+    names = []
+    for override in overrides:
+        key, _, value = override.removeprefix("--").partition("=")
+        plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", value).strip("-")
+        names.append(f"{key.rpartition('.')[2]}-{plain}")
+    return "_".join(names)
 
 
 def find_template(given: Path | None) -> Path:

@@ -2,7 +2,8 @@
 # A SLURM of its own on this machine, for tests/test_slurm.py: munged, slurmctld and some slurmd,
 # without systemd, cgroups or a database. As root.
 #   slurm_cluster.sh install                    Debian's slurm-wlm and munge, where they are missing
-#   slurm_cluster.sh start FOLDER [NODES] [CPUS]    prints the SLURM_CONF to export
+#   slurm_cluster.sh start FOLDER [NODES] [CPUS]    prints the SLURM_CONF to export; 4 nodes or more:
+#      a job of partition high preempts those of low, on n1 and n2; partition beside has the others
 #   slurm_cluster.sh stop FOLDER
 # Ports are free ones and everything lies in FOLDER, so several may stand side by side. FOLDER must
 # be open to the user munge: not below a folder of mode 700.
@@ -85,13 +86,14 @@ CONF
     echo "NodeName=n$node NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[$node]} CPUs=$2"
   done >>"$folder/slurm.conf"
   cat >>"$folder/slurm.conf" <<CONF
-PartitionName=low Nodes=n[1-$1] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=high Nodes=n[1-$1] State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=n[1-2] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
+PartitionName=high Nodes=n[1-2] State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=beside Nodes=n[3-$1] State=UP PreemptMode=OFF
 CONF
 }
 
 start() { # [NODES] [CPUS]
-  local nodes=${1:-2} cpus=${2:-4} node
+  local nodes=${1:-4} cpus=${2:-4} node
   mkdir -p "$folder"/{state,spool,log,run,munge}
   chmod 755 "$folder"
   dd if=/dev/urandom of="$folder/munge/key" bs=1 count=128 status=none
@@ -138,9 +140,9 @@ folder=${2:-}
 case $action in
 install) install ;;
 start | stop)
-  [ -n "$folder" ] || { sed -n '2,9s/^# \?//p' "$0"; exit 2; }
+  [ -n "$folder" ] || { sed -n '2,10s/^# \?//p' "$0"; exit 2; }
   shift 2
   "$action" "$@"
   ;;
-*) sed -n '2,9s/^# \?//p' "$0"; exit 2 ;;
+*) sed -n '2,10s/^# \?//p' "$0"; exit 2 ;;
 esac
