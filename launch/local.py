@@ -47,7 +47,10 @@ def run_local(
         except RendezvousError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             how = restarts.ended() if restarts is not None else ""
-            say(f"nsphere: the hosts of this run do not meet any more ({reason})")
+            say(
+                f"nsphere: the hosts of this run do not meet any more at {hosts.endpoint} "
+                f"({reason}); the launcher there must live as long as the run"
+            )
             return _HOW_CODE.get(how, RANK_LOST)
     return verdict(agent.codes.values())
 

@@ -205,13 +205,20 @@ def test_fewer_hosts_go_on(project, start):
         port = probe.getsockname()[1]
     hosts = ("--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", f"localhost:{port}")
     command = (*NSPHERE, "train", "run.toml", *hosts, "--run", "fewer")
-    one, other = start("fewer", *command), start("fewer", *command)
+    one = start("fewer", *command)
+    one.wait_for(lambda: is_open(port))  # the launcher that keeps the store is the one that lives
+    other = start("fewer", *command)
     one.wait_for_step(12)
     other.signal(signal.SIGKILL)
     one.end(0)
     sizes = [event["world_size"] for event in one.events("start")]
     assert sizes == [2, 1]
     check_same(project, one.run, 1e-4)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
 
 
 SLEEPING = """
