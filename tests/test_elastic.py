@@ -199,26 +199,25 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_fewer_hosts_go_on(project, start):
-    """Two launchers with --nnodes 1:2; one is killed with its rank, the other goes on alone."""
+def test_more_and_fewer_hosts_go_on(project, start):
+    """Two launchers with --nnodes 1:2: one begins alone, takes the other in, goes on without it."""
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     hosts = ("--nnodes", "1:2", "--nproc", "1", "--rdzv-endpoint", f"localhost:{port}")
-    command = (*NSPHERE, "train", "run.toml", *hosts, "--run", "fewer")
-    one = start("fewer", *command)
-    one.wait_for(lambda: is_open(port))  # the launcher that keeps the store is the one that lives
-    other = start("fewer", *command)
-    one.wait_for_step(12)
+    command = (*NSPHERE, "train", "run.toml", *hosts, "--run", "hosts")
+    one = start("hosts", *command)
+    one.wait_for_step(4)
+    one.signal_rank(0, signal.SIGSTOP)  # or it would be done before the other has begun
+    other = start("hosts", *command)
+    one.wait_for(lambda: "another host starts its ranks again, or joins" in one.said)
+    one.signal_rank(0, signal.SIGCONT)
+    both = one.wait_for_event("start", 2)
+    one.wait_for_step(both["from_step"] + 3)
     other.signal(signal.SIGKILL)
     one.end(0)
-    sizes = [event["world_size"] for event in one.events("start")]
-    assert sizes == [2, 1]
+    assert [event["world_size"] for event in one.events("start")] == [1, 2, 1]
+    assert both["from_step"] >= 4  # it saved before it took the other in
     check_same(project, one.run, 1e-4)
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("localhost", port)) == 0
 
 
 SLEEPING = """
