@@ -13,7 +13,7 @@ rank is known to all at once.
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class _Save:
     final: Path
     job: Job[Any]
     committing: bool = False
+    num_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
 
 
 class CheckpointFolder:
@@ -222,8 +224,11 @@ class CheckpointFolder:
             first = self._ranks.is_first
             save.job = Job(lambda: self._commit(save, files) if first else None)
             save.committing = True
+            save.num_bytes = sum(size for size, _ in files.values())
         else:
             self._save, self._num_refused, self._unsaved = None, 0, ""
+            seconds = time.monotonic() - save.started
+            logger.info("%s saved: %d bytes in %.3f s", save.final.name, save.num_bytes, seconds)
             if self._untold:
                 self._tell()
             if self._uploader is not None:
