@@ -64,6 +64,8 @@ def train(
     folder = run or Path("runs") / config.stem
     overrides = data_commands.join_overrides(context.args)
     if runs.is_one_of_several():
+        if nproc or nnodes != "1":
+            _fail("--nproc and --nnodes start ranks, and this is one already: leave them out")
         _leave(runs.train_rank(config, overrides, folder, resume == "auto", _stop))
     code = runs.train(
         config, overrides, folder, resume == "auto", nproc, nnodes, rdzv_endpoint, _stop

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.job import parse_time
+from launch.job import ask_slurm, parse_time
 from launch.ranks import LaunchError
+from trainer.events import read_events
 
 SCRIPT = "job.sbatch"
 TEMPLATE = Path("slurm") / "train.sbatch"
@@ -65,7 +66,7 @@ class Request:
         return SIGNAL_BEFORE_S if limit is None else min(SIGNAL_BEFORE_S, limit // 4)
 
     def _limit_s(self) -> int | None:
-        if not self.time or self.time.lower() in ("infinite", "unlimited"):
+        if not self.time or self.time.lower() in ("0", "infinite", "unlimited"):
             return None
         limit = parse_time(self.time)
         if not limit:
@@ -220,6 +221,18 @@ def _job_lines(
     else:
         lines += own
     return [*lines, f'train=({shlex.join(command)} --run-dir "$run" "${{own[@]}}")']
+
+
+def check_free(tasks: Sequence[Task]) -> None:
+    """Raise LaunchError where a run's last job is still in the queue, or runs."""
+    for task in tasks:
+        jobs = [event["job"] for event in read_events(task.run) if event["event"] == "submit"]
+        state = ask_slurm(jobs[-1]).get("JobState", "") if jobs else ""
+        if state in ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING"):
+            raise LaunchError(
+                f"{task.run}: its job {jobs[-1]} is {state}: wait for it, scancel {jobs[-1]}, or "
+                "name another --run"
+            )
 
 
 def write_script(folder: Path, text: str) -> Path:

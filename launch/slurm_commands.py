@@ -78,6 +78,7 @@ def submit(  # noqa: PLR0913 - a command's options
         others=tuple(sbatch_option or []),
     )
     found = slurm.find_template(template)
+    slurm.check_free(tasks)
     checked = _check(config, overrides, tasks, request.world_size)
     command = ["train", str(config.absolute()), *overrides]
     text = slurm.fill_template(

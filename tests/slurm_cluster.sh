@@ -13,14 +13,15 @@ install() {
   command -v sbatch >/dev/null && command -v slurmctld >/dev/null && command -v munged >/dev/null &&
     return 0
   # A package that starts its service would find no systemd, or a host that has other plans.
-  local policy=/usr/sbin/policy-rc.d made=
-  [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy; chmod 755 $policy; made=yes; }
-  local code=0
-  { apt-get update -qq &&
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } \
-    >/dev/null || code=$?
-  [ -z "$made" ] || rm -f $policy
-  return $code
+  local policy=/usr/sbin/policy-rc.d
+  if [ ! -e $policy ]; then
+    trap "rm -f $policy" EXIT
+    printf '#!/bin/sh\nexit 101\n' >$policy
+    chmod 755 $policy
+  fi
+  apt-get update -qq >/dev/null
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    -o DPkg::Lock::Timeout=120 slurm-wlm munge >/dev/null
 }
 
 free_ports() { # COUNT

@@ -254,15 +254,16 @@ def preempted(project: Path) -> tuple[Job, dict, str]:
     return job, read_status(job.run), job.wait_for_state("COMPLETED", "FAILED")
 
 
-def out_of_time(project: Path, begun: Callable[[], None]) -> tuple[Job, str]:
+def out_of_time(project: Path, begun: Callable[[], None]) -> tuple[Job, str, str]:
     """Two minutes are not enough: SLURM itself says so, 45 s before the end or somewhat earlier."""
     limit = ("--ranks-per-node", "2", "--time", "2", "--signal-before", "45")
     job = submit(project, "out-of-time", *limit)
     job.wait_for_step(5)
     job.freeze()
     begun()
+    twice = nsphere(project, "submit", "run.toml", "--run", "out-of-time").stderr
     job.thaw_when_asked()
-    return job, job.wait_for_state("COMPLETED", "FAILED")
+    return job, twice, job.wait_for_state("COMPLETED", "FAILED")
 
 
 def lost_rank(project: Path) -> tuple[Job, int, str]:
@@ -389,8 +390,9 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_nothing_had_been(stories
 
 
 def test_a_job_out_of_time_is_queued_again_and_ends_as_if_nothing_had_been(stories):
-    job, state = stories["out_of_time"].result()
+    job, twice, state = stories["out_of_time"].result()
     assert state == "COMPLETED", job.log()
+    assert f"its job {job.id} is RUNNING: wait for it, scancel {job.id}" in twice
     assert job.facts()["TimeLimit"] == "00:02:00" and int(job.facts()["Restarts"]) >= 1
     assert {event["why"] for event in job.events("requeue")} == {"time limit near"}
     check_same(job.run, stories, 4)
