@@ -37,7 +37,8 @@ def run_local(
     agent = Agent(num_ranks, ["-P", "-m", "launch.cli", *arguments], hosts, restarts, stop)
     with guard(agent, hosts, stop):
         try:
-            agent.run()
+            if agent.run() is None:  # it was one host more than the run takes
+                return _HOW_CODE.get(restarts.ended() if restarts else "", RANK_LOST)
             agent.close_rendezvous()
         except SignalException as error:
             if agent.codes:
