@@ -44,6 +44,7 @@ class Ending:
     """How the ranks ended and what SLURM has to do with it."""
 
     code: int  # srun's
+    finished: bool = False  # the run has said that it is done, after this job was submitted
     failure: str = ""  # "CODE text" of the first rank that failed by itself
     asked: bool = False  # the time is nearly over
     ended: bool = False  # SLURM has told the batch script to end
@@ -68,7 +69,7 @@ def tell_failure(code: object) -> None:
 
 def decide(ending: Ending) -> Decision:
     """What follows from how the ranks ended, but for the number of restarts."""
-    if ending.code == 0:
+    if ending.code == 0 or ending.finished:  # a rank may be killed while it leaves
         return Decision("done", 0)
     own, _, why = ending.failure.partition(" ")
     if own.isdigit():
@@ -87,6 +88,13 @@ def decide(ending: Ending) -> Decision:
     if ending.code in OWN_CODES:
         return Decision("fail", ending.code, "srun, or every rank, failed")
     return Decision("restart", ending.code, explain_code(ending.code))
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the last that befell the run is that it ended and is done."""
+    names = ("submit", "start", "end", "restart", "requeue")
+    lives = [event for event in read_events(run) if event["event"] in names]
+    return bool(lives) and (lives[-1]["event"], lives[-1].get("how")) == ("end", "done")
 
 
 def explain_code(code: int) -> str:
@@ -176,6 +184,7 @@ def main() -> None:
     file = Path(os.environ.get(FAILURE_VARIABLE, "/nonexistent"))
     ending = Ending(
         given.code,
+        finished=is_finished(given.run),
         failure=file.read_text().strip() if file.exists() else "",
         asked=given.asked,
         ended=given.ended,

@@ -6,15 +6,25 @@ import sys
 
 import pytest
 
-from launch.job import Decision, Ending, decide, is_over_time, limit, parse_time, tell_failure
+from launch.job import (
+    Decision,
+    Ending,
+    decide,
+    is_finished,
+    is_over_time,
+    limit,
+    parse_time,
+    tell_failure,
+)
 from trainer.events import read_events, record_event
 
 CASES = {
     "done": (Ending(0, asked=True), ("done", 0)),
+    "done, and killed while it left": (Ending(138, finished=True, asked=True), ("done", 0)),
     # srun says 85: it ended the peers of the failed rank, and they stopped as if asked to
     "own error hidden by srun": (Ending(85, failure="2 rank 3 on n1 ended"), ("fail", 2)),
     "own error": (Ending(1), ("fail", 1)),
-    "own error while SLURM ends the job": (Ending(1, "1 rank 0", ended=True), ("fail", 1)),
+    "own error while SLURM ends the job": (Ending(1, failure="1 rank 0", ended=True), ("fail", 1)),
     "time limit near": (Ending(85, asked=True), ("requeue", 85)),
     "killed while it saved": (Ending(137, asked=True), ("requeue", 85)),
     "preempted": (Ending(85, preempted=True), ("requeue", 85)),
@@ -56,6 +66,20 @@ def test_restarts_without_a_newer_checkpoint_are_counted(tmp_path):
     assert "launch.max_restarts = 2" in decision.why and decision.code == 137
     # nobody's fault, and no reason to give up
     assert limit(Decision("requeue", 85, "preempted"), tmp_path, "7", 0).word == "requeue"
+
+
+def test_a_run_is_finished_by_its_last_life(tmp_path):
+    for event, details, finished in (
+        ("start", {}, False),
+        ("end", {"how": "stopped"}, False),
+        ("requeue", {}, False),
+        ("start", {}, False),
+        ("end", {"how": "done"}, True),
+        ("uploaded", {}, True),
+        ("submit", {}, False),  # again, with a longer train.duration
+    ):
+        record_event(tmp_path, event, details)
+        assert is_finished(tmp_path) == finished
 
 
 def test_the_first_own_error_of_a_step_is_kept(tmp_path, monkeypatch):

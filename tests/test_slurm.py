@@ -119,9 +119,10 @@ class Job:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "environ").read_bytes().split(b"\0")
-                is_rank = b"launch.cli" in (folder / "cmdline").read_bytes()
+                program, *arguments = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
+            is_rank = b"python" in program and b"launch.cli" in arguments  # and not srun
             if is_rank and f"SLURM_JOB_ID={self.id}".encode() in words:
                 rank = next(w for w in words if w.startswith(b"SLURM_PROCID="))
                 found[int(rank.partition(b"=")[2])] = int(folder.name)
