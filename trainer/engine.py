@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,7 @@ from trainer.config import Config, ZeroConfig
 from trainer.ranks import Ranks
 
 TAG = "deepspeed"  # the folder of DeepSpeed's own files inside a checkpoint
+UNTRAINED = "untrained.safetensors"  # beside a converted checkpoint
 STORED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]  # plain numbers, all three
 LOSS_SCALE_START = 2.0**16  # fp16: torch.amp.GradScaler's published defaults
 LOSS_SCALE_GROWTH_STEPS = 2000
@@ -255,9 +257,27 @@ class Engine:
             )
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint in it")
+        if self.universal:
+            self._load_untrained(safetensors.torch.load_file(folder / TAG / UNTRAINED))
         self._repair_optimizer()
         self._good_steps = int(state["good_steps"])
         self._set_loss_scale(state["loss_scale"])
+
+    @torch.no_grad()
+    def _load_untrained(self, tensors: dict[str, Tensor]) -> None:
+        """Buffers and frozen parameters: DeepSpeed's universal load knows what it optimizes only.
+
+        0.19.8, engine.py:4660: statistics of batch norms would begin anew, a locked tower would
+        keep the weights that this process happened to draw.
+        """
+        parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        for name, tensor in tensors.items():
+            if name in buffers:
+                buffers[name].copy_(tensor)
+                continue
+            if name in parameters:  # else it is another name of one that is trained
+                with self.gathered([parameters[name]], modify=True):
+                    parameters[name].copy_(tensor)
 
     def _repair_optimizer(self) -> None:
         """Undo two faults of DeepSpeed's stage-3 universal load (0.19.8, stage3.py:3653-3691).
@@ -317,6 +337,25 @@ def to_universal(folder: Path, out: Path) -> None:
     )
     with _silence(), tensors_only(folder):
         convert(options)
+        safetensors.torch.save_file(_untrained(folder / TAG), out / TAG / UNTRAINED)
+
+
+def _untrained(folder: Path) -> dict[str, Tensor]:
+    """Buffers and frozen parameters, whole, out of DeepSpeed's files of stages 1-3."""
+    names = (re.match(r"(?:zero_pp_rank_(\d+)_)?mp_rank", path.name) for path in folder.iterdir())
+    files = {int(m[1] or 0): m.string for m in names if m and "model_states" in m.string}
+    paths = [folder / files[rank] for rank in sorted(files)]
+    saved = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
+    module, frozen = saved[0]["module"], saved[0]["frozen_param_shapes"] or {}
+    if paths[0].name.startswith("zero_pp"):  # stage 3: a piece a rank, the last one padded
+        tensors = {name: module[name] for name in saved[0]["buffer_names"] if name in module}
+        for name, shape in frozen.items():
+            whole = torch.cat([part["frozen_param_fragments"][name].flatten() for part in saved])
+            tensors[name] = whole[: shape.numel()].view(shape)
+    else:
+        trained = {name for group in saved[0]["param_shapes"] for name in group}
+        tensors = {name: module[name] for name in module.keys() - trained}
+    return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
 
 
 def read_weights(folder: Path, stage: int) -> dict[str, Tensor]:
