@@ -10,7 +10,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: install
 	$(BIN)/ruff check $(CHECKED)
