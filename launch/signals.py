@@ -46,6 +46,7 @@ class StopRequest:
         """When a signal came, of each request."""
         self._asked = False
         self._handed_over = False
+        self._first = 0  # signal; SIGTERM from its first time on
         self._pipe: tuple[int, int] | None = None
 
     def __call__(self) -> bool:
@@ -79,9 +80,22 @@ class StopRequest:
                 now = time.monotonic()
                 if self.times and now - self.times[-1] < SAME_REQUEST_S:
                     continue
+                if self._is_time_up(number):
+                    continue
                 self.times.append(now)
                 if not self._handed_over:
                     self._save_or_leave(number)
+
+    def _is_time_up(self, number: int) -> bool:
+        """SLURM's SIGTERM at a time limit whose SIGUSR1 came before it.
+
+        What is left until SIGKILL (KillWait, half a minute) is for the save that is under way.
+        """
+        if number != signal.SIGTERM or "SLURM_JOB_ID" not in os.environ:
+            self._first = self._first or number
+            return False
+        before, self._first = self._first, number
+        return before == signal.SIGUSR1
 
     def _save_or_leave(self, number: int) -> None:
         name, first = signal.Signals(number).name, os.environ.get("RANK", "0") == "0"

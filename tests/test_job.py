@@ -1,8 +1,11 @@
 """What the batch script does next, by how the ranks ended."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ from launch.job import (
     parse_time,
     tell_failure,
 )
+from launch.signals import STOPPED
 from trainer.events import read_events, record_event
 
 CASES = {
@@ -129,3 +133,48 @@ def test_the_command_prints_a_word_and_a_code_without_slurm(tmp_path):
 def test_the_decision_costs_no_import_of_torch():
     text = "import launch.job, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", text], check=True)
+
+
+WAITING = """
+import sys, time
+from launch.signals import StopRequest
+stop = StopRequest()
+stop.install()
+stop()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_time_limit_does_not_cut_off_the_save_that_its_signal_began():
+    """SLURM sends SIGUSR1 before the limit, SIGTERM at it and SIGKILL half a minute later."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        env={**os.environ, "SLURM_JOB_ID": "7"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for number, code in (
+            (signal.SIGUSR1, None),
+            (signal.SIGTERM, None),
+            (signal.SIGTERM, 128 + signal.SIGTERM),
+        ):
+            process.send_signal(number)
+            time.sleep(1.5)
+            assert process.poll() == code
+
+
+def test_a_request_during_the_start_of_python_is_not_lost():
+    """The batch script starts ranks with signals blocked; a rank takes them when it can."""
+    held = ["env", "--block-signal=USR1,TERM", sys.executable, "-c", WAITING]
+    with subprocess.Popen(held, stdout=subprocess.PIPE, text=True) as process:
+        while int(_status(process.pid, "SigBlk"), 16) == 0:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == STOPPED
+
+
+def _status(pid: int, name: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split(":")[1] for line in lines if line.startswith(name))
