@@ -27,7 +27,7 @@ import psutil
 from benchmarks.machine import commit, load, machine, print_table
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH = 200, 32
+STEPS, BATCH = 150, 32
 COMMON = [
     f"--train.duration={STEPS} steps",
     f"--train.global_batch_size={BATCH}",
@@ -40,19 +40,24 @@ COMMON = [
     "--data.workers=1",
     "--launch.max_restarts=1000",
 ]
+# Rates at which a run does not blow up what another number of ranks rounds otherwise: with AdamW at
+# 1e-3 the faces' losses differ by 1e-3 after 40 steps on one rank and on two, nobody being killed.
 TASKS = {
     "CLIP": [f"--model.name={ROOT}/configs/models/tiny_vit_32.json", "--optim.lr=1e-3"],
     "faces": [
-        "--loss.name=arcface",
-        "--loss.scale=16",
+        "--loss.name=cosface",
+        "--loss.scale=8",
+        "--loss.margin=0.1",
         "--model.name=timm:test_vit",
         "--model.image_size=32",
         "--model.embedding_dim=32",
-        "--optim.lr=1e-3",
+        "--optim.name=sgd",
+        "--optim.lr=3e-3",
+        "--optim.clip_norm=1",
     ],
 }
 IN_SAVE_S = 0.1  # up to so long after a save has begun
-AT_ANY_TIME_S = 4.0  # up to so long after training has begun
+AT_ANY_TIME_S = 2.5  # up to so long after training has begun
 STARTING_S = 8.0  # up to so long after the command was given
 LONGEST_S = 600.0
 
