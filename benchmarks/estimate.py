@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.machine import commit, load, machine, print_table
 
 WANTED = 0.10
-STEPS = 4
+STEPS = 3
 CLIP_SMALL = {
     "embed_dim": 128,
     "vision_cfg": {
@@ -67,6 +67,7 @@ def _clip(ranks: int, model: str, batch: int, chunk: int, stage: int) -> Case:
 CASES = {
     "CLIP, 256 at once": _clip(1, "small", 256, 0, 0),
     "CLIP, 512 in chunks of 64": _clip(1, "small", 512, 64, 1),
+    "CLIP, 48 in chunks of 12": _clip(1, "wide", 48, 12, 0),
     "CLIP, ZeRO 1, 2 ranks": _clip(2, "wide", 32, 0, 1),
     "CLIP, ZeRO 3, 2 ranks": _clip(2, "wide", 16, 0, 3),
     "faces, 600,000 centers": Case(

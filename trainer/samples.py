@@ -1,8 +1,6 @@
 """The training samples of a configuration, and whether a run on them can work at all."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,13 +10,14 @@ from data.index import Index, load_index
 from data.labels import check_labels
 from trainer.centers import ClassCenters
 from trainer.config import Config, ConfigError
+from trainer.estimate.machines import available_memory
+from trainer.estimate.state import EngineState, Towers
+from trainer.estimate.terms import total
 from trainer.objectives import build_model
 from trainer.objectives.label_sides import load_labels
 from trainer.ranks import Ranks
 
 Progress = Callable[[int, int], None]
-
-BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two Adam moments
 
 
 def index_shards(
@@ -86,27 +85,22 @@ def count_classes(config: Config, samples: SampleSet) -> int:
 def check_memory(config: Config, num_ranks: int, num_classes: int = 0) -> None:
     """Raise ConfigError when the state of `num_ranks` CPU ranks cannot fit this machine's memory.
 
-    Counts weights, gradients and Adam's moments, and class centers; activations come on top.
+    Counts what DeepSpeed holds of the towers while it reduces gradients, and class centers, as
+    `nsphere estimate` does; activations come on top.
     """
     model = build_model(config, device="meta")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     if torch.cuda.is_available():
         return
+    towers = Towers.of(model, config.optim)
+    state = EngineState.of(towers, config, num_ranks, is_gpu=False)
     centers = num_classes * ClassCenters.bytes_per_class(config.centers, config.model.embedding_dim)
-    needed = parameters * BYTES_PER_PARAMETER * num_ranks + centers
-    available = _available_bytes()
+    needed = num_ranks * total([*state.at_rest(), *state.while_reducing()]) + centers
+    available = available_memory()
     if needed > available:
         raise ConfigError(
-            f"--nproc {num_ranks}: {parameters:,} parameters need {needed / 2**30:.1f} GiB for "
-            f"weights, gradients and optimizer state, {centers / 2**30:.1f} GiB of that for "
-            f"{num_classes:,} class centers, {available / 2**30:.1f} GiB are free here; start "
+            f"--nproc {num_ranks}: {towers.num_parameters:,} parameters need {needed / 2**30:.1f} "
+            f"GiB for weights, gradients and optimizer state, {centers / 2**30:.1f} GiB of that for"
+            f" {num_classes:,} class centers, {available / 2**30:.1f} GiB are free here; start "
             "fewer ranks, take a smaller model.name, or 'bfloat16' for centers.dtype and "
-            "centers.momentum_dtype"
+            "centers.momentum_dtype; `nsphere estimate --gpu cpu` shows every term"
         )
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

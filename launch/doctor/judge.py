@@ -119,20 +119,21 @@ def judge_places(ranks: Sequence[Facts], needs: Needs) -> list[Line]:
 
 def judge_data(ranks: Sequence[Facts]) -> list[Line]:
     """Every rank reads the same shards, and finds the same index."""
+    for facts in ranks:
+        for shard, digest in facts.shards.items():
+            if digest.startswith("!"):
+                text = f"rank {facts.rank} on {facts.host}: {shard}: {digest[1:]}"
+                todo = "mount or copy it there, and check permissions"
+                return [Line("shards", False, text, todo)]
     lines = []
-    for shard in {shard for facts in ranks for shard in facts.shards}:
-        ends = [facts.shards.get(shard, "!not found") for facts in ranks]
-        broken = next((n for n, digest in enumerate(ends) if digest.startswith("!")), None)
-        if broken is not None:
-            host = ranks[broken].host
-            text = f"rank {ranks[broken].rank} on {host}: {ends[broken][1:]}"
-            return [Line("shards", False, text, "mount or copy it there, and check permissions")]
-        if len(set(ends)) > 1:
-            text = f"{shard} is not the same file everywhere: {_by_rank(ends)}"
+    names, ends = list(ranks[0].shards), [list(facts.shards.values()) for facts in ranks]
+    for number, name in enumerate(names):
+        here = [digests[number] if number < len(digests) else "none" for digests in ends]
+        if len(set(here)) > 1:
+            text = f"{name} is not the same file everywhere: {_by_rank(here)}"
             return [Line("shards", False, text, "copy it again where it differs")]
-    count = len(ranks[0].shards)
-    if count:
-        lines.append(Line("shards", True, f"{count} read at both ends by every rank"))
+    if names:
+        lines.append(Line("shards", True, f"{len(names)} read at both ends by every rank"))
     problems = [f for f in ranks if f.index_problem]
     if problems:
         text = f"rank {problems[0].rank}: {problems[0].index_problem}"

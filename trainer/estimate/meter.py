@@ -1,8 +1,9 @@
 """What one pass of the towers holds and computes: counted on tensors that have no memory.
 
 A forward and a backward pass run under torch's FakeTensorMode: every operation says which tensors
-it makes and how large they are, none is computed. So the rule is exact for any tower that torch can
-run, with autocast, checkpointing and fused attention as they are, at the real number of rows.
+it makes and how large they are, none is computed. So the rule is that of any tower that torch can
+run, with autocast, checkpointing and fused attention as they are. Both are linear in the rows, so
+two small numbers of them say what any number takes.
 """
 
 import weakref
@@ -70,7 +71,7 @@ class Pass:
     kept_bytes: int
     """Activations that live when the forward pass is done."""
     peak_bytes: int
-    """Most that lives at once, the parameters' gradients that come up meanwhile included."""
+    """Most that lives at once, parameters' gradients left out: those go as these come."""
     forward_flops: int
     backward_flops: int
 
@@ -93,11 +94,11 @@ def measure_pass(
 
 
 def run_pass(model: nn.Module, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Pass:
-    """Run a pass and count it; gradients are left on the parameters."""
+    """Run a pass and count it; parameters are left without gradients."""
     casting: AbstractContextManager[Any] = nullcontext()
     if autocast is not None:
         casting = torch.autocast("cpu", dtype=autocast)
-    with FlopCounterMode(display=False) as flops, LiveBytes() as live:
+    with _without_gradients(model), FlopCounterMode(display=False) as flops, LiveBytes() as live:
         with casting:
             outputs = [x for x in model(*inputs) if x is not None]
         kept, forward = live.now, flops.get_total_flops()
@@ -117,6 +118,25 @@ def extrapolate(passes: Sequence[Pass], rows: Sequence[int], wanted: int) -> Pas
         return max(0, round(low + (high - low) * share))
 
     return Pass(*(at(field.name) for field in fields(Pass)))
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, a parameter's gradient is dropped as soon as it is complete."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(drop)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -134,9 +134,11 @@ def _pair_loss(plan: Plan, dim: int) -> list[Term]:
 def _label_loss(plan: Plan, dim: int) -> list[Term]:
     rows = taking_part(plan)
     own = Term("loss: queries and gradients", plan.rows * dim * FLOAT * 4)
-    labels = Term("loss: label rows, unit and gradients", 4 * rows * dim * FLOAT)
-    kept = plan.config.loss.name != "one_vs_all"
-    return [own, labels, *_visiting(plan, dim), _tiles(plan, dim, rows, kept=kept)]
+    tiles = _tiles(plan, dim, rows, kept=plan.config.loss.name != "one_vs_all")
+    # The tiles are given up before the backward pass makes a third copy.
+    held = 2 * rows * dim * FLOAT + max(0, rows * dim * FLOAT - tiles.size)
+    labels = Term("loss: label rows, unit and gradients", held)
+    return [own, labels, *_visiting(plan, dim), tiles]
 
 
 def _center_loss(plan: Plan, dim: int) -> list[Term]:

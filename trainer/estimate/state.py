@@ -47,8 +47,8 @@ class Towers:
 
 
 def _moments(model: nn.Module, config: OptimConfig) -> int:
-    """Two for each parameter with AdamW and LAMB, one with momentum, Muon one for kernels."""
-    copies = {"adamw": 2, "lamb": 2, "sgd": int(config.momentum > 0), "muon": 1}[config.name]
+    """Two for each parameter, one of them idle with SGD; Muon one for kernels."""
+    copies = 1 if config.name == "muon" else 2
     total = 0
     for group in parameter_groups(model, config):  # type: ignore[arg-type]
         each = 2 if config.name == "muon" and group["use_fallback"] else copies
