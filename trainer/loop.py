@@ -258,6 +258,7 @@ class Loop:
             )
         with self.progress.long("going back"):
             old = self.load(found)
+            self.checkpoints.forget_after(old.step)  # a restart must not take them for this run's
         self.writer.rewind(old.step)
         self._saved_step = old.step
         logger.warning("%s: back to step %d, passing over %d batches", told, old.step, len(doomed))
