@@ -73,7 +73,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=20
+KillWait=60
 OverTimeLimit=0
 MinJobAge=3600
 SlurmctldTimeout=60
