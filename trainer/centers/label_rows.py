@@ -23,6 +23,7 @@ from trainer.centers.stream import SHORTEST
 from trainer.collectives import count_ranks, own_rank
 from trainer.config import CentersConfig, ConfigError
 
+_ROWS_SQUARED = 2**14  # at a time
 _FACES_ONLY = {
     "num_classes": "the label table says how many labels there are",
     "quarter_turns": "texts have no sides",
@@ -112,7 +113,9 @@ class LabelRows:
         gradient, unit = taken.unit.grad, taken.unit.detach()
         along = (gradient * unit).sum(1, keepdim=True)
         gradient = gradient.addcmul_(unit, along, value=-1).div_(taken.lengths)
-        squared = float(gradient.square().sum(dtype=torch.float64))
+        # By blocks: as a whole it would take three more copies of the rows, two of them in float64.
+        blocks = gradient.split(_ROWS_SQUARED)
+        squared = float(sum(block.square().sum(dtype=torch.float64) for block in blocks))
         rate = learning_rate * self.config.lr_scale
         self.optimizer.update(taken.places, gradient, rate)
         self.optimizer.end(rate)

@@ -34,7 +34,7 @@ CUDA_CONTEXT = int(0.6 * GIB)
 NCCL_BUFFERS = int(0.5 * GIB)
 CACHE_WASTE = 0.05  # of torch's caching allocator on a GPU, beside blocks that no request fits
 KEY_BYTES = 100  # of a sample's key in a batch
-FEW_ROWS = (2, 6)
+FEW_ROWS = (8, 16)
 
 
 @dataclass(frozen=True)
@@ -154,18 +154,19 @@ def _measure(plan: Plan, model: Model, rows: int) -> Pass:
     """On few rows; a tower that looks at its data (word bags do) is really run."""
     labels = -(-plan.label_rows // plan.num_chunks)
     autocast = AUTOCAST[plan.config.train.precision]
+    counts = [rows] if rows <= FEW_ROWS[1] else FEW_ROWS
     try:
         few = [
             measure_pass(model, partial(_inputs, model, count, count * labels // rows), autocast)
-            for count in FEW_ROWS
+            for count in counts
         ]
     except (DynamicOutputShapeException, DataDependentOutputException):
         real = _build(plan.config, "cpu")
         few = [
             run_pass(real, _inputs(real, count, count * labels // rows), autocast)
-            for count in FEW_ROWS
+            for count in counts
         ]
-    return extrapolate(few, FEW_ROWS, rows)
+    return extrapolate(few, counts, rows) if len(few) > 1 else few[0]
 
 
 def _inputs(model: Model, rows: int, labels: int) -> tuple[Tensor, ...]:
