@@ -22,7 +22,7 @@ import pytest
 from ranks import run_ranks
 from tiny_runs import MODEL, read_losses, read_samples, train_rank, write_shards
 
-from launch.job import ask_slurm
+from launch.job import ask_slurm, parse_time
 from launch.status import read_status
 from trainer.config import load_config
 from trainer.events import read_events
@@ -254,14 +254,17 @@ def preempted(project: Path) -> tuple[Job, dict, str]:
 
 
 def out_of_time(project: Path, begun: Callable[[], None]) -> tuple[Job, str]:
-    """Two minutes are not enough: SLURM itself says so, 45 s before the end or somewhat earlier."""
+    """SLURM says that the time is over, 45 s before it is or somewhat earlier."""
     gate = Gate(project / "out-of-time", 5)
-    limit = ("--ranks-per-node", "2", "--time", "2", "--signal-before", "45")
+    limit = ("--ranks-per-node", "2", "--time", "30", "--signal-before", "45")
     job = submit(project, "out-of-time", *limit)
     job.wait_for(gate)
     begun()
+    # Limits are whole minutes, and nobody knows how long a busy machine needs to begin.
+    soon = -(-((parse_time(job.facts()["RunTime"]) or 0) + 60) // 60)
+    scontrol("update", f"jobid={job.id}", f"TimeLimit={soon}")
     job.wait_until_asked("SIGUSR1")
-    scontrol("update", f"jobid={job.id}", "TimeLimit=30")  # a busy machine needs longer
+    scontrol("update", f"jobid={job.id}", "TimeLimit=30")
     gate.open()
     return job, job.wait_for_state("COMPLETED", "FAILED")
 
@@ -410,7 +413,7 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_nothing_had_been(stories
     assert [event["why"] for event in job.events("requeue")] == ["preempted"]
     assert [event["how"] for event in job.events("end")] == ["stopped", "done"]
     assert waiting["state"] == "queued" and waiting["queue"]["restarts"] == 1
-    assert waiting["checkpoint"]["step"] == waiting["step"] == 6
+    assert waiting["checkpoint"]["step"] == waiting["step"] in (5, 6)
     first, second = job.events("start")
     assert (first["from_step"], second["from_step"]) == (0, waiting["step"])
     check_same(job.run, stories, 4)
@@ -419,9 +422,9 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_nothing_had_been(stories
 def test_a_job_out_of_time_is_queued_again_and_ends_as_if_nothing_had_been(stories):
     job, state = stories["out_of_time"].result()
     assert state == "COMPLETED", job.log()
-    assert "#SBATCH --time=2\n" in (job.run / "job.sbatch").read_text()
-    assert int(job.facts()["Restarts"]) >= 1
-    assert {event["why"] for event in job.events("requeue")} == {"time limit near"}
+    assert job.facts()["Restarts"] == "1"
+    assert [event["why"] for event in job.events("requeue")] == ["time limit near"]
+    assert [event["how"] for event in job.events("end")] == ["stopped", "done"]
     check_same(job.run, stories, 4)
 
 
@@ -470,7 +473,8 @@ def test_a_job_that_may_not_be_queued_again_says_so_and_a_cancelled_one_stays_so
     assert state == "CANCELLED", second.log()
     assert [event["how"] for event in second.events("end")] == ["stopped", "stopped"]
     saved = [event["step"] for event in second.events("end")]
-    assert saved == [5, 10] and second.events("start")[1]["from_step"] == 5
+    assert saved[0] in (4, 5) and saved[1] in (9, 10)
+    assert second.events("start")[1]["from_step"] == saved[0]
 
 
 def test_torchrun_inside_srun_counts_and_a_shell_without_srun_is_told(stories):
