@@ -122,18 +122,22 @@ start() { # [NODES] [CPUS]
 
 stop() {
   export SLURM_CONF=$folder/slurm.conf
-  timeout 10 scancel --state=running,pending,suspended --user=root 2>/dev/null || true
-  for _ in $(seq 1 100); do
-    [ -z "$(timeout 10 squeue -h 2>/dev/null || true)" ] && break
-    sleep 0.1
-  done
-  local pids=("$folder"/run/n*.pid "$folder/run/slurmctld.pid" "$folder/munge/pid") file
+  timeout 10 scancel --user=root 2>/dev/null || true
+  local pids=("$folder"/run/n*.pid "$folder/run/slurmctld.pid" "$folder/munge/pid") file environment words
   for file in "${pids[@]}"; do running "$file" && kill "$(cat "$file")" || true; done
+  # Nobody wants what a job saves now: this cluster's daemons and all that is in its jobs end at once.
+  for environment in /proc/[0-9]*/environ; do
+    { words=$(tr '\0' '\n' <"$environment"); } 2>/dev/null || continue
+    grep -qx "SLURM_CONF=$SLURM_CONF" <<<"$words" || continue
+    file=${environment%/environ}
+    if grep -q ^SLURM_JOB_ID= <<<"$words" || grep -qs ^slurm "$file/comm"; then
+      kill -KILL "${file#/proc/}" 2>/dev/null || true
+    fi
+  done
   for _ in $(seq 1 50); do
     for file in "${pids[@]}"; do running "$file" && { sleep 0.1; continue 2; }; done
     return 0
   done
-  for file in "${pids[@]}"; do running "$file" && kill -KILL "$(cat "$file")" || true; done
 }
 
 action=${1:-}
