@@ -77,9 +77,9 @@ class Pool:
                     if isinstance(loaded, DataError):
                         raise loaded
                     yield loaded
-            except RuntimeError as error:
-                death = str(error)
-                if "DataLoader worker" not in death:
+            except (RuntimeError, EOFError, OSError) as error:
+                death = _death(error)
+                if not death:
                     raise
             if not death:
                 return
@@ -135,6 +135,20 @@ class _Loading(Dataset[Any]):
             return self._load(piece)
         except DataError as error:
             return error
+
+
+def _death(error: Exception) -> str:
+    """What tells of a worker's death; empty: the error is something else.
+
+    A worker that is killed while it hands an item over is seen as a connection that breaks, maybe
+    before the system says that it is dead. What goes wrong inside a worker comes as "Caught ...".
+    """
+    text = str(error)
+    if text.startswith("Caught "):
+        return ""
+    if isinstance(error, EOFError | ConnectionError | FileNotFoundError):
+        return f"a data worker was lost while it handed an item over ({error!r})"
+    return text if "DataLoader worker" in text else ""
 
 
 def _noted(pieces: Iterator[Any], under_way: deque[Any]) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Batches: the same samples, pixels and captions whatever the ranks, workers and restarts."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -250,6 +251,44 @@ def test_workers_that_die_again_and_again_are_one_clear_error(caplog):
     pool.close()
 
 
+class _HungUp:
+    """Its receiver sees what a worker leaves that is killed while it hands an item over."""
+
+    def __reduce__(self):
+        return _break_off, ()
+
+
+def _break_off():
+    raise EOFError
+
+
+def _hang_up_once(piece, flag):
+    if piece == 3 and not flag.exists():
+        flag.touch()
+        return _HungUp()
+    return piece
+
+
+def test_a_worker_killed_while_it_hands_an_item_over_is_replaced(tmp_path, caplog):
+    load = functools.partial(_hang_up_once, flag=tmp_path / "flag")
+    pool = Pool(load, DataConfig(workers=2, prefetch=1), pin=False)
+    assert list(pool.run(range(6))) == list(range(6))
+    assert "lost while it handed an item over" in caplog.text
+    pool.close()
+
+
+def _misread(piece):
+    raise RuntimeError("this is no death") if piece % 2 else FileNotFoundError("nor is this")
+
+
+@pytest.mark.parametrize("piece", [1, 2])
+def test_an_error_inside_a_worker_is_no_death(piece):
+    pool = Pool(_misread, DataConfig(workers=1, prefetch=1), pin=False)
+    with pytest.raises((RuntimeError, FileNotFoundError), match=r"this is no death|nor is this"):
+        list(pool.run([piece]))
+    pool.close()
+
+
 def test_workers_outlive_the_signals_of_a_scheduler(spec):
     loader = loader_of(spec, batch=4, workers=2, prefetch=1)
     batches = loader.batches(0, 30)
@@ -278,7 +317,7 @@ print("leaving", flush=True)
 raise SystemExit(3)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False
     )  # returns once every process that holds the pipes is gone
     assert (done.stdout, done.returncode) == ("leaving\n", 3), done.stderr
 
