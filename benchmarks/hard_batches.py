@@ -38,6 +38,9 @@ GRID = {
     "C=256": tree(256),
     "C=32, planned once": tree(32, "--negatives.refresh=100 epochs"),
     "C=32, half random": tree(32, "--negatives.random_share=0.5"),
+    "C=256, planned once": tree(256, "--negatives.refresh=100 epochs"),
+    "C=256, twice an epoch": tree(256, "--negatives.refresh=0.5 epochs"),
+    "C=256, half random": tree(256, "--negatives.random_share=0.5"),
     "C=8, doubling": tree(8, "--negatives.grow_at=[2]"),
 }
 

@@ -36,7 +36,7 @@ CASES = {
 
 
 def case_config(options: dict) -> Config:
-    options = {"init_std": 0.7, **options}
+    options = {"init_std": 0.7, "mode": "lazy", **options}
     loss = {"name": options.pop("loss", "arcface"), "scale": 9.0}
     return parse_config({"loss": loss, "centers": options, "train": {"seed": 5}}, "case")
 

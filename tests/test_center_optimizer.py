@@ -20,7 +20,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def build(num_rows=10, dim=4, *, first_row=0, seed=0, device=CPU, compute=torch.float32, **fields):
-    config = CentersConfig(**{"norm_bounds": UNBOUNDED, **fields})
+    config = CentersConfig(**{"norm_bounds": UNBOUNDED, "mode": "lazy", **fields})
     return SparseOptimizer(
         config,
         num_rows=num_rows,
@@ -436,16 +436,18 @@ def test_tiles_host_memory_and_ranges_change_nothing(monkeypatch, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 def test_bytes_per_row_counts_the_tables(kind):
     optimizer = build(10, 12, **kind)
-    config = CentersConfig(**kind)
+    config = CentersConfig(**{"mode": "lazy", **kind})
     num_bytes = sum(t.numel() * t.itemsize for t in optimizer.tables().values())
     assert num_bytes == 10 * SparseOptimizer.bytes_per_row(config, 12)
     assert all(len(table) == 10 for table in optimizer.tables().values())
 
 
 def test_formula_of_the_readme():
-    """4 bytes x d: bfloat16 rows and momentum, and nothing else."""
+    """4 bytes x d: bfloat16 rows and momentum; and 4, for the step that a row has come to."""
     config = CentersConfig(dtype="bfloat16", momentum_dtype="bfloat16")
-    assert SparseOptimizer.bytes_per_row(config, 128) == 4 * 128
+    assert SparseOptimizer.bytes_per_row(config, 128) == 4 * 128 + 4
+    lazy = config.model_copy(update={"mode": "lazy"})
+    assert SparseOptimizer.bytes_per_row(lazy, 128) == 4 * 128
 
 
 class Largest(TorchDispatchMode):

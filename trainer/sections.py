@@ -124,9 +124,10 @@ class CentersConfig(Section):
     identity is called by its number."""
     optimizer: Literal["sgd", "adamw", "adagrad"] = "sgd"
     """adagrad: row-wise, one number a center."""
-    mode: Literal["lazy", "exact"] = "lazy"
-    """lazy: a center moves only when it is touched; exact: what an untouched center missed is
-    applied when it is next touched, as a dense optimizer would have."""
+    mode: Literal["lazy", "exact"] = "exact"
+    """exact: what an untouched center missed is applied when it is next touched, as a dense
+    optimizer would have; lazy: a center moves only when it is touched, so that its momentum comes
+    late and the sample rate moves the loss."""
     lr_scale: float = Field(default=1.0, gt=0)
     """Learning rate of the centers, relative to `optim.lr`."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
