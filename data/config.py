@@ -167,9 +167,13 @@ class NegativesConfig(Section):
     random_share: float = Field(default=0.0, ge=0, le=1)
     """Share of a batch that is drawn at random."""
     skip_nearest: int = Field(default=0, ge=0)
-    """greedy: nearest neighbours that are passed over, as they may be unlabelled positives."""
+    """greedy, explicit: nearest neighbours that are passed over, as they may be unlabelled
+    positives."""
     neighbours: int = Field(default=32, ge=1)
     """greedy: neighbours that a sample brings along, half of them nearest, half drawn."""
+    explicit: int = Field(default=0, ge=0)
+    """Texts against labels of the batch: hard negatives that a sample brings along, the nearest
+    samples that share no label with it; one label of each joins those of the step."""
     unique: tuple[Literal["label", "caption"], ...] = ()
     """What no two samples of a batch may share."""
     dim: int = Field(default=64, ge=1)

@@ -137,6 +137,25 @@ class PlannedOrder:
                 numbers[mine] = first + plan.bounds[clusters]
         return numbers
 
+    def negatives_of(
+        self,
+        positions: Int64s,  # (n,)
+    ) -> Int64s:  # (n, h)
+        """Samples that stand by each position's own as explicit negatives; -1: none, or no more."""
+        found = np.full((len(positions), 0), -1, np.int64)
+        if not len(positions):
+            return found
+        for part in self.between(int(positions.min()), int(positions.max()) + 1):
+            negatives = self.plan(part).negatives if part.plan else None
+            if negatives is None:
+                continue
+            more = negatives.shape[1] - found.shape[1]
+            found = np.pad(found, ((0, 0), (0, max(0, more))), constant_values=-1)
+            mine = (positions >= part.start) & (positions < part.stop)
+            places = positions[mine] - (part.start - part.offset)
+            found[mine, : negatives.shape[1]] = negatives[places]
+        return found
+
     def plan(self, segment: Segment) -> BatchPlan:
         """The plan of a segment; its arrays stay in the file."""
         key = (segment.plan, segment.sha256)

@@ -18,6 +18,7 @@ from tiny_runs import read_losses, read_samples, tiny_config, train_rank
 from tiny_texts import text_config
 
 from data.errors import DataError
+from data.label_lists import load_label_lists
 from data.negatives.plan import BatchPlan, load_header
 from data.negatives.store import EmbeddingStore
 from trainer.config import ConfigError
@@ -258,6 +259,44 @@ def test_texts_with_labels_in_parts_of_parameters(tmp_path):
     check_epochs(tmp_path / "run", 90)
     (header,) = [load_header(path) for path in (tmp_path / "run" / "plans").iterdir()][:1]
     assert header.num_unseen == 0 and header.num_clusters > 0
+
+
+@pytest.fixture(scope="module")
+def explicit_runs(tmp_path_factory):
+    """A run of texts that bring two negatives along, and the same killed after step 8."""
+    folder = tmp_path_factory.mktemp("explicit")
+    negatives = {"explicit": 2, "skip_nearest": 1, "planner": "greedy", "lead": "1 steps"}
+    sections = {"labels": {"over": "batch"}, "train": {"duration": "11 steps", "chunk_size": 3}}
+    config = planned_config(folder, negatives, text_config, **sections)
+    run_ranks(2, planned_rank, config, str(folder / "whole"))
+    with pytest.raises(AssertionError):
+        run_ranks(2, planned_rank, config, str(folder / "killed"), "step 8")
+    return config, folder
+
+
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_explicit_negatives_are_met_and_the_same_after_a_kill(explicit_runs, tmp_path, then):
+    config, folder = explicit_runs
+    whole, run = folder / "whole", tmp_path / "run"
+    plan = BatchPlan.load(whole / "plans" / "plan-000000")
+    lists = load_label_lists(build_samples(config).indexes)
+    assert plan.negatives.shape == (90, 2)
+    assert (plan.negatives >= 0).any(axis=1).sum() > 50  # 64 have been embedded, 3 without labels
+    for sample, negatives in zip(plan.order, plan.negatives, strict=True):
+        for other in negatives[negatives >= 0]:
+            assert not set(lists.row(sample)) & set(lists.row(other)) and lists.row(other)
+    lines = read_lines(whole)
+    met = [lines[step]["num_negatives"] for step in sorted(lines)]
+    assert np.mean(met[6:]) > np.mean(met[:5]) + 2  # the plan begins in step 6
+    shutil.copytree(folder / "killed", run)
+    run_ranks(then, planned_rank, config, str(run))
+    check_epochs(run, 90)
+    assert read_samples(run) == read_samples(whole)
+    again, expected, found = read_lines(run), read_losses(whole), read_losses(run)
+    assert [again[step]["num_negatives"] for step in sorted(again)] == met
+    if then == 2:
+        assert found == expected
+    assert found == {step: pytest.approx(loss, rel=2e-4) for step, loss in expected.items()}
 
 
 def test_controller_workers_locality_and_saves_behind_training(tmp_path):

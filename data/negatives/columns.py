@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from data.config import NegativesConfig
 from data.errors import DataError
 from data.index import Index
+from data.label_lists import LabelLists, load_label_lists
 
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -39,6 +40,8 @@ class SampleColumns:
     """N; 0: the snapshot's."""
     labels: Int64s | None = None
     """Class labels; -1: none, and such samples are like no other."""
+    lists: LabelLists | None = None
+    """Labels where a sample has several."""
     captions: Int64s | None = None
     """Hashes of captions; 0: none."""
     shards: Int64s | None = None
@@ -64,7 +67,8 @@ NO_COLUMNS = SampleColumns()
 def load_columns(
     samples: Indexed, knobs: NegativesConfig, *, images_per_identity: int = 4
 ) -> SampleColumns:
-    """The columns that plans with these knobs ask for, from the index: 8 bytes a sample each.
+    """The columns that plans with these knobs ask for, from the index: 8 bytes a sample each, and
+    4 a label of lists.
 
     Raises DataError where no sample has what is asked for.
     """
@@ -86,6 +90,7 @@ def load_columns(
         fingerprint=samples.fingerprint,
         num_samples=int(counts.sum()),
         labels=labels,
+        lists=load_label_lists(samples.indexes) if knobs.explicit else None,
         captions=captions,
         shards=np.repeat(np.arange(len(counts)), counts) if knobs.locality else None,
         coordinates=load_coordinates(Path(knobs.coordinates), samples)
