@@ -180,8 +180,14 @@ class NegativesConfig(Section):
     """Columns of the stored embeddings; wider ones are projected at random, by the seed."""
     coordinates: str = ""
     """coordinates: Parquet with key and numeric columns (latitude, longitude in degrees)."""
+    margins: str = ""
+    """topics: Parquet with key and margin, a teacher's positive less hardest negative; empty: how
+    far a sample lies from its topic's mean."""
     margin_bins: int = Field(default=10, ge=1)
     """topics: equal-width bins of the hardness margin that a batch is balanced over."""
+    weights: str = ""
+    """Texts against labels: Parquet with key and weight, what samples' losses are multiplied by
+    from the first plan on, scaled to a mean of 1 over all samples; one not named has 1 before."""
     locality: int = Field(default=0, ge=0)
     """Cluster inside groups of so many shards, so that a batch touches few; 0: everywhere."""
     controller: bool = False

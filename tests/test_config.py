@@ -136,6 +136,9 @@ def test_fields_that_do_not_fit_name_the_way_out():
         (explicit(labels={"rows": "classifiers"}), "classifiers and all labels"),
         (explicit(data={"batching": "plain"}), 'set data.batching = "planned"'),
         (explicit(negatives={"explicit": 1, "planner": "random"}), 'other than "random"'),
+        ({"negatives": {"weights": "w.parquet"}}, "losses of texts against labels are weighted"),
+        (explicit(data={"batching": "plain"}, negatives={"weights": "w"}), "lie in plans"),
+        (explicit(negatives={"margins": "m.parquet"}), 'negatives.planner = "topics" balances'),
     ):
         with pytest.raises(ConfigError, match=said):
             parse_config(tree, "x")

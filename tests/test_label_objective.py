@@ -55,12 +55,16 @@ def label_tokens() -> torch.Tensor:
 
 
 def a_plan(folder) -> PlannedOrder:
-    """Positions of the steps that are asked for, each with two explicit negatives or fewer."""
+    """Positions of the steps that are asked for, each with up to two explicit negatives, and a
+    weight.
+    """
     order, rng = np.arange(NUM_TEXTS), np.random.default_rng(3)
     header = make_plan(None, order, NegativesConfig(), seed=1, version=0, batch_size=BATCH).header
     negatives = rng.integers(-1, NUM_TEXTS, (NUM_TEXTS, 2), dtype=np.int32)
     name = f"plan-{os.getpid()}"  # each rank has its own
-    plan = BatchPlan(order, np.arange(NUM_TEXTS + 1), header, negatives).save(folder / name)
+    weights = (np.arange(NUM_TEXTS) % 4 / 2).astype(np.float32)
+    plan = BatchPlan(order, np.arange(NUM_TEXTS + 1), header, negatives, weights)
+    plan = plan.save(folder / name)
     planned = PlannedOrder(Order([NUM_TEXTS], seed=1, chunk=1, lanes=1, window=1), "")
     planned.start(folder, [Segment(0, NUM_TEXTS, name, plan.header.sha256)])
     return planned
@@ -83,16 +87,16 @@ def an_objective(group, folder, sections):
         side = LabelRows(NUM_LABELS, DIM, group, config=config.centers, seed=4, dtype=torch.float64)
     hardness = Hardness(0, group, due=lambda _: False)
     engine = SimpleNamespace(clamp=lambda *_: None)
-    planned = a_plan(folder) if config.negatives.explicit else None
+    planned = a_plan(folder) if config.data.batching == "planned" else None
     return model, LabelObjective(
         config, model, engine, ranks, LabelData(label_lists(), part, "", planned), side, hardness
     )
 
 
-def sections_of(loss, rows, over, explicit=0, **model):
+def sections_of(loss, rows, over, explicit=0, weights="", **model):
     return {
-        "data": {"batching": "planned"},
-        "negatives": {"explicit": explicit},
+        "data": {"batching": "planned" if explicit or weights else "plain"},
+        "negatives": {"explicit": explicit, "weights": weights},
         "model": {"embedding_dim": DIM, "context_length": LENGTH, "buckets": 30, **model},
         "loss": {"name": loss},
         "labels": {"rows": rows, "over": over},
@@ -119,7 +123,7 @@ def gradients_rank(group, folder, sections):
     return float(loss.detach()), found, before, after, numbers
 
 
-def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, loss_config):
+def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, weights):
     """Float64, autograd, one process: (B, d) against (m, d) with every mask written out."""
     cosines = queries @ labels.T
     logits = scale * cosines
@@ -134,7 +138,7 @@ def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, loss
         if loss == "one_vs_all":
             targets = torch.zeros(len(label_ids), dtype=logits.dtype)
             targets[places] = 1
-            total = total + F.binary_cross_entropy_with_logits(
+            total = total + weights[i] * F.binary_cross_entropy_with_logits(
                 logits[i] + bias, targets, reduction="sum"
             )
             continue
@@ -147,7 +151,7 @@ def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, loss
                 torch.logsumexp(torch.cat([logits[i, j][None], others]), 0) - logits[i, j]
                 for j in places
             ]
-        total = total + sum(terms) / len(terms)
+        total = total + weights[i] * sum(terms) / len(terms)
     return total / len(queries)
 
 
@@ -160,7 +164,9 @@ CASES = [
     ("one_vs_all", "classifiers", "all", {}),
     ("one_vs_all", "texts", "batch", {}),
     ("decoupled", "texts", "batch", {"explicit": 2, "token_dropout": 0.3}),
-    ("topk_hinge", "texts", "batch", {"explicit": 1}),
+    ("topk_hinge", "texts", "batch", {"explicit": 1, "weights": "w.parquet"}),
+    ("decoupled", "classifiers", "all", {"weights": "w.parquet"}),
+    ("one_vs_all", "texts", "batch", {"weights": "w.parquet"}),
 ]
 
 
@@ -190,8 +196,9 @@ def test_gradients_are_the_global_losses_on_any_number_of_ranks(tmp_path, loss, 
     scale = torch.ones_like(scale) if loss == "topk_hinge" else scale
     of_batch = lists.of(batch.ids.numpy())
     expected = dense_loss(
-        loss, queries, labels, scale, bias, of_batch, label_ids, asked.drawn, config.loss
-    )
+        loss, queries, labels, scale, bias, of_batch, label_ids, asked.drawn,
+        batch.positions % 4 / 2 if config.negatives.weights else torch.ones(BATCH),
+    )  # fmt: skip
     expected.backward()
     for world_size in (1, 3):
         found = run_ranks(world_size, gradients_rank, tmp_path, sections)

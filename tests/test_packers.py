@@ -259,6 +259,17 @@ def test_topics_fill_batches_alike_in_margins():
     )
 
 
+def test_margins_that_are_not_known_are_in_a_bin_of_their_own():
+    rng = np.random.default_rng(3)
+    snapshot, _ = mixture(4096, 8, 0.3)
+    margins = np.where(rng.random(4096) < 0.75, np.nan, rng.random(4096)).astype(np.float32)
+    plan = plan_of(snapshot, planner="topics", columns=SampleColumns(margins=margins))
+    unknown = [np.isnan(margins[batch]).sum() for batch in batches_of(plan)]
+    assert np.std(unknown) < 0.75 * (32 * 0.75 * 0.25) ** 0.5, "drawn ones would differ more"
+    nowhere = SampleColumns(margins=np.full(4096, np.nan, np.float32))
+    assert sorted(plan_of(snapshot, planner="topics", columns=nowhere).order) == list(range(4096))
+
+
 def test_coordinates_are_for_the_cold_start():
     rng = np.random.default_rng(0)
     points = unit_rows(rng.standard_normal((1000, 3)).astype(np.float32))
@@ -362,7 +373,8 @@ def test_mined_negatives_are_near_and_never_positives(monkeypatch):
     everyone = plain[np.argsort(plan.order)]
     assert (mine_negatives(part, snapshot, 5) == everyone[part.order]).all()
     carried = attach(plan, negatives=found, row_weights=np.arange(600, dtype=np.float32))
-    assert carried.row_weights.mean() == pytest.approx(1)
+    assert (carried.row_weights == np.arange(600)).all()
+    assert (attach(carried, row_weights=np.ones(600, np.float32)).negatives == found).all()
     with pytest.raises(DataError, match="negatives of shape"):
         attach(plan, negatives=found[1:])
     with pytest.raises(DataError, match="row weights"):

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
@@ -297,6 +299,33 @@ def test_explicit_negatives_are_met_and_the_same_after_a_kill(explicit_runs, tmp
     if then == 2:
         assert found == expected
     assert found == {step: pytest.approx(loss, rel=2e-4) for step, loss in expected.items()}
+
+
+def test_margins_and_weights_of_a_table_reach_plans_and_losses(tmp_path):
+    weighed = {f"{number:04d}": 0.0 if number % 2 else 3.0 for number in range(80)}
+    names = list(weighed)
+    table = {"key": names, "weight": list(weighed.values()), "margin": np.arange(80) / 80}
+    pq.write_table(pa.table(table), tmp_path / "teacher.parquet")
+    places = dict.fromkeys(("margins", "weights"), str(tmp_path / "teacher.parquet"))
+    negatives = {"planner": "topics", "lead": "1 steps", "start_epoch": 0, "refresh": "2 epochs"}
+    sections = {"labels": {"over": "batch"}, "train": {"duration": "7 steps"}}
+    found = []
+    for name, extra in (("weighed", places), ("plain", {})):
+        config = planned_config(tmp_path, negatives | extra, text_config, **sections)
+        run_ranks(2, planned_rank, config, str(tmp_path / name))
+        check_epochs(tmp_path / name, 90)
+        found.append(read_losses(tmp_path / name))
+    config = planned_config(tmp_path, negatives | places, text_config, **sections)
+    keys = [key.split(":")[1] for key in build_samples(config).keys(np.arange(90))]
+    weights = np.array([weighed.get(key, 1.0) for key in keys])
+    for plan in ("plan-000000", "plan-000001"):  # the second is the first's clusters, shuffled
+        whole, plain = (
+            BatchPlan.load(tmp_path / run / "plans" / plan) for run in ("weighed", "plain")
+        )
+        assert np.allclose(whole.row_weights, (weights / weights.mean())[whole.order])
+        assert plain.row_weights is None
+    assert not np.array_equal(whole.order, plain.order)  # margins deal other batches
+    assert all(abs(found[0][step] - found[1][step]) > 0.01 for step in range(1, 8))
 
 
 def test_controller_workers_locality_and_saves_behind_training(tmp_path):

@@ -385,6 +385,18 @@ class Config(Section):
             ' "planned", and a negatives.planner other than "random"': (
                 asked > 0 and self.has_labels and embeds_batch and not planned
             ),
+            f"negatives.weights: the losses of texts against labels are weighted, and loss.name ="
+            f" {self.loss.name!r} is none of these: leave it out": (
+                bool(self.negatives.weights) and not self.has_labels
+            ),
+            'negatives.weights lie in plans: set data.batching = "planned", and a negatives.planner'
+            ' other than "random"': (
+                bool(self.negatives.weights) and self.has_labels and not planned
+            ),
+            'negatives.margins are what negatives.planner = "topics" balances batches over: set it,'
+            ' with data.batching = "planned"': (
+                bool(self.negatives.margins) and not (planned and planner == "topics")
+            ),
         }
 
     @model_validator(mode="after")

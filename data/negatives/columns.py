@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +49,9 @@ class SampleColumns:
     coordinates: Floats | None = None
     """(N, c) unit rows, near where the samples' places are near; NaN where unknown."""
     margins: Floats | None = None
-    """Positive less hardest negative, of a teacher."""
+    """Positive less hardest negative, of a teacher; NaN where unknown."""
+    weights: Floats | None = None
+    """What the samples' losses are multiplied by; 1 in the mean."""
     images_per_identity: int = 4
     """K of the planner "identities"."""
 
@@ -96,6 +98,8 @@ def load_columns(
         coordinates=load_coordinates(Path(knobs.coordinates), samples)
         if knobs.planner == "coordinates"
         else None,
+        margins=load_margins(Path(knobs.margins), samples) if knobs.margins else None,
+        weights=load_weights(Path(knobs.weights), samples) if knobs.weights else None,
         images_per_identity=images_per_identity,
     )
 
@@ -107,18 +111,65 @@ def load_coordinates(path: Path, samples: Indexed) -> Floats:  # (N, c)
     stand, scaled to their largest spread. A sample that the table does not name is NaN. Raises
     DataError for a table without these columns or without any of the samples.
     """
+    keyed = _read_keyed(path, "negatives.coordinates", samples)
+    columns = keyed.table.column_names
+    numbers = [name for name in columns if _is_number(keyed.table.schema.field(name).type)]
+    if not numbers:
+        raise DataError(
+            f"{path}: no numeric column beside key; its columns are {', '.join(columns)}"
+        )
+    values = np.stack([keyed.values(name) for name in numbers], axis=1)
+    points = _on_globe(values, numbers) if _is_globe(numbers) else _lifted(values)
+    return np.where(keyed.rows[:, None] >= 0, points[keyed.rows], np.nan).astype(np.float32)
+
+
+def load_margins(path: Path, samples: Indexed) -> Floats:  # (N,)
+    """The column margin of a Parquet table with key; NaN for a sample without one.
+
+    Raises DataError for a table without these columns, without any of the samples, or with a
+    margin that is infinite.
+    """
+    margins = _by_sample(path, "negatives.margins", "margin", samples)
+    return margins.astype(np.float32)
+
+
+def load_weights(path: Path, samples: Indexed) -> Floats:  # (N,)
+    """The column weight of a Parquet table with key, scaled to a mean of 1; before, a sample that
+    the table does not name has 1.
+
+    Raises DataError for a table without these columns or without any of the samples, and for
+    weights that are missing, infinite, below 0, or all 0.
+    """
+    weights = _by_sample(path, "negatives.weights", "weight", samples, missing=1.0)
+    if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise DataError(
+            f"negatives.weights = {str(path)!r}: weights from {weights.min():g} to "
+            f"{weights.max():g}: every one must be a number, none below 0, and not all 0"
+        )
+    return (weights / weights.mean()).astype(np.float32)
+
+
+class _Keyed(NamedTuple):
+    """A table whose rows belong to samples."""
+
+    table: pa.Table
+    rows: Int64s
+    """(N,) of each sample, the first of its key; -1: none."""
+
+    def values(self, name: str) -> NDArray[np.float64]:
+        """A column; NaN for null."""
+        return self.table[name].to_numpy().astype(np.float64)
+
+
+def _read_keyed(path: Path, knob: str, samples: Indexed) -> _Keyed:
+    """Raises DataError where there is no table with keys of these samples."""
     try:
         table = pq.read_table(path)
         keys = table["key"].combine_chunks().cast(pa.string())
     except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"negatives.coordinates = {str(path)!r}: no Parquet table with a column key: {error}"
+            f"{knob} = {str(path)!r}: no Parquet table with a column key: {error}"
         ) from None
-    numbers = [name for name in table.column_names if _is_number(table.schema.field(name).type)]
-    if not numbers:
-        raise DataError(f"{path}: no numeric column beside key; its columns are "
-                        f"{', '.join(table.column_names)}")  # fmt: skip
-    values = np.stack([table[name].to_numpy().astype(np.float64) for name in numbers], axis=1)
     wanted = pa.concat_arrays([part for index in samples.indexes for part in index.iter_keys()])
     rows = pc.fill_null(pc.index_in(wanted, value_set=keys), -1).to_numpy()
     if (rows < 0).all():
@@ -126,8 +177,24 @@ def load_coordinates(path: Path, samples: Indexed) -> Floats:  # (N, c)
             f"{path}: none of its keys ({keys[0].as_py() if len(keys) else 'it is empty'}, ...) is "
             f"a sample's ({wanted[0].as_py()}, ...): the column key must hold the samples' keys"
         )
-    points = _on_globe(values, numbers) if _is_globe(numbers) else _lifted(values)
-    return np.where(rows[:, None] >= 0, points[rows], np.nan).astype(np.float32)
+    return _Keyed(table, rows)
+
+
+def _by_sample(
+    path: Path, knob: str, name: str, samples: Indexed, *, missing: float = np.nan
+) -> NDArray[np.float64]:  # (N,)
+    """One numeric column of a table; `missing` for samples that it does not name."""
+    keyed = _read_keyed(path, knob, samples)
+    columns = keyed.table.column_names
+    if name not in columns or not _is_number(keyed.table.schema.field(name).type):
+        raise DataError(
+            f"{knob} = {str(path)!r}: no column {name} of numbers; its columns are "
+            f"{', '.join(columns)}"
+        )
+    values = keyed.values(name)
+    if np.isinf(values).any():
+        raise DataError(f"{knob} = {str(path)!r}: a {name} is infinite")
+    return np.where(keyed.rows >= 0, values[keyed.rows], missing)
 
 
 def _column(samples: Indexed, name: str) -> Int64s:

@@ -46,18 +46,21 @@ def attach(
     plan: BatchPlan,
     *,
     negatives: Ids | None = None,  # (n, h) sample ids by place, -1: none
-    row_weights: NDArray[np.float32] | None = None,  # (n,) by place; their mean becomes 1
+    row_weights: NDArray[np.float32] | None = None,  # (n,) by place
 ) -> BatchPlan:
-    """The plan with what is given beside it. Raises DataError for what does not fit."""
+    """The plan with what is given beside what it has. Raises DataError for what does not fit."""
     num = len(plan.order)
     if negatives is not None and (negatives.ndim != 2 or len(negatives) != num):
         raise DataError(f"negatives of shape {negatives.shape} for a plan of {num:,} samples")
     if row_weights is not None:
         good = row_weights.shape == (num,) and np.isfinite(row_weights).all()
-        if not good or row_weights.min() < 0 or not row_weights.any():
+        if not good or row_weights.min() < 0:
             raise DataError(
                 f"row weights of shape {row_weights.shape} for a plan of {num:,} samples: they "
-                "must be finite, none below 0 and not all 0"
+                "must be finite and none below 0"
             )
-        row_weights = (row_weights / row_weights.mean()).astype(np.float32)
-    return replace(plan, negatives=negatives, row_weights=row_weights)
+    return replace(
+        plan,
+        negatives=plan.negatives if negatives is None else negatives,
+        row_weights=plan.row_weights if row_weights is None else row_weights,
+    )

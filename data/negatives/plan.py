@@ -93,7 +93,7 @@ class BatchPlan:
     negatives: NDArray[np.signedinteger[Any]] | None = None
     """(n, h) samples to be seen as negatives beside; -1: none."""
     row_weights: NDArray[np.float32] | None = None
-    """(n,)."""
+    """(n,) what the samples' losses are multiplied by."""
 
     def clusters_at(self, places: Int64s) -> Int64s:
         """Number of the cluster that each place is of."""

@@ -54,7 +54,7 @@ class LabelData(NamedTuple):
     lists: LabelLists  # by sample id
     part: Part  # of all labels, this rank's
     digest: str  # of all labels' texts
-    planned: PlannedOrder | None = None  # whose plans may hold explicit negatives
+    planned: PlannedOrder | None = None  # whose plans may hold explicit negatives and weights
 
 
 class Asked(NamedTuple):
@@ -92,6 +92,7 @@ class LabelObjective:
         self._label_dropout = config.model.label_dropout
         self._seed, self._batch_size = config.train.seed, config.train.global_batch_size
         self._explicit = config.negatives.explicit
+        self._is_weighted = bool(config.negatives.weights)
         self._own_labels = torch.arange(data.part.start, data.part.stop)
         self._squared_norm, self._unlabelled = 0.0, 0
 
@@ -124,10 +125,18 @@ class LabelObjective:
         ids = ids.to(queries.device)
         if self._hardness.is_due(step):
             self._measure(batch, step, queries, scale, asked, Keyed(ids, labels.__getitem__))
-        group, parts = self._ranks.group, self.rows is not None
+        group, parts, weights = self._ranks.group, self.rows is not None, self._row_weights(batch)
         if bias is not None:
             return one_vs_all_loss(
-                queries, labels, scale, bias, asked.positives, ids, group, labels_are_parts=parts
+                queries,
+                labels,
+                scale,
+                bias,
+                asked.positives,
+                ids,
+                group,
+                row_weights=weights,
+                labels_are_parts=parts,
             )
         if self._config.name == "topk_hinge":  # its margin is one of cosines
             scale = torch.ones_like(scale)
@@ -139,6 +148,7 @@ class LabelObjective:
             ids,
             group,
             drawn=asked.drawn,
+            row_weights=weights,
             labels_are_parts=parts,
         )
 
@@ -208,6 +218,12 @@ class LabelObjective:
         rows, turns = np.nonzero(samples >= 0)
         keys = derive_key(self._seed, _DRAW_NEGATIVE, positions[rows], turns)
         return _draw(self._lists.of(samples[rows, turns]), keys)
+
+    def _row_weights(self, batch: Batch) -> Tensor | None:  # (n,)
+        """By the plans of the batch; all ranks have some or none, whatever their rows are of."""
+        if self._planned is None or not self._is_weighted:
+            return None
+        return torch.from_numpy(self._planned.weights_of(batch.positions.numpy()))
 
     def _label_keys(self, batch: Batch, ids: Tensor) -> Tensor:  # (m,) -> (m,)
         """Keys of dropout: by step and label, so that any rank would draw the same masks."""

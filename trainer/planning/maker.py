@@ -93,7 +93,10 @@ class PlanMaker:
         found = self.find(request)
         if found is not None:
             return found
-        return self._make(request, snapshot).save(self.folder / request.name).header
+        plan = self._make(request, snapshot)
+        if self.columns.weights is not None:
+            plan = attach(plan, row_weights=self.columns.weights[plan.order])
+        return plan.save(self.folder / request.name).header
 
     def _make(self, request: Request, snapshot: Snapshot | None) -> BatchPlan:
         if request.base is not None:
