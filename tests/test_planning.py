@@ -23,9 +23,11 @@ from data.errors import DataError
 from data.label_lists import load_label_lists
 from data.negatives.plan import BatchPlan, load_header
 from data.negatives.store import EmbeddingStore
+from data.planned_order import Segment
 from trainer.config import ConfigError
 from trainer.durable import write_file
 from trainer.planning.background import Job
+from trainer.planning.prune import first_needed
 from trainer.planning.report import describe_plans, load_plans
 from trainer.planning.rows import Projection, Side, gather_by_id
 from trainer.planning.stored import restore_store, store_files
@@ -38,7 +40,7 @@ NEGATIVES = {"refresh": "2 steps", "lead": "1 steps", "refresh_pass": True, "clu
 SECTIONS = {
     "data": {"batching": "planned"},
     "train": {"duration": f"{STEPS} steps"},
-    "checkpoint": {"every": "3 steps"},
+    "checkpoint": {"every": "3 steps", "keep_last": 99},
     "eval": {"batch_size": 8},
 }
 
@@ -51,7 +53,7 @@ def planned_config(folder: Path, negatives: dict, make=tiny_config, **sections: 
 
 
 def planned_rank(group, config, run: str, fault: str = "") -> bool:
-    """Train as one rank. fault: "step 5", "plan 1", "save 1", "refresh 1" die by SIGKILL there;
+    """Train as one rank. fault: "step 5", "plan 1", "save 1", "refresh 1", "prune 1": dies there;
     "slow" takes its time for each plan.
     """
     from trainer.hardness import controller
@@ -82,6 +84,11 @@ def planned_rank(group, config, run: str, fault: str = "") -> bool:
 
         flush = files.flush_folder
         files.flush_folder = lambda path: die() if ".draft" in path.name else flush(path)
+    if kind == "prune":  # amid the removal of a plan
+        from trainer.planning import prune
+
+        remove = prune.remove
+        prune.remove = lambda path: die() if path.exists() else remove(path)
     if kind == "refresh":
         gather = refresh.gather_by_id
         refresh.gather_by_id = lambda *arguments: (die(), gather(*arguments))[1]
@@ -350,6 +357,86 @@ def test_controller_workers_locality_and_saves_behind_training(tmp_path):
     run_ranks(2, planned_rank, config, str(tmp_path / "killed"))
     assert read_samples(tmp_path / "killed") == read_samples(tmp_path / "whole")
     assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Eight epochs, each with a plan of its own from the second on, and two checkpoints kept."""
+    folder = tmp_path_factory.mktemp("long")
+    sections = {"train": {"duration": "30 steps"}, "checkpoint": {"keep_last": 2}}
+    config = planned_config(folder, {"lead": "1 steps"}, **sections)
+    run_ranks(1, planned_rank, config, str(folder / "run"))
+    return config, folder / "run"
+
+
+def plans_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "plans").iterdir())
+
+
+def test_plans_that_no_checkpoint_needs_are_removed(long_run, tmp_path):
+    config, whole = long_run
+    check_epochs(whole)
+    # Checkpoints of steps 27 and 30: of the epoch that begins at position 420, whose plan is 6.
+    assert plans_of(whole) == ["plan-000006"]
+    told = list(describe_plans(build_samples_with(whole, config), config))
+    assert "steps 5 to 7: plan-000000, removed since: no checkpoint needs it" in told
+    assert any("plan-000006, asked for at step 25: 60 samples" in line for line in told)
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError):
+        run_ranks(1, planned_rank, config, str(run), "step 22")
+    # Step 18 is in the epoch from 240 on, of plan 3.
+    assert plans_of(run) == ["plan-000003", "plan-000004", "plan-000005"]
+    newest = run / "checkpoints" / "step-00000021"
+    (newest / "state.json").write_text("{}")
+    run_ranks(1, planned_rank, config, str(run))
+    assert "step-00000018 at 288" in (run / "log" / "rank-0000.log").read_text()
+    assert read_samples(run) == read_samples(whole) and read_losses(run) == read_losses(whole)
+    assert plans_of(run) == ["plan-000006"]
+
+
+def build_samples_with(run: Path, config):
+    samples = build_samples(config)
+    load_plans(run, samples)
+    return samples
+
+
+def test_a_kill_amid_a_removal_does_no_harm(long_run, tmp_path):
+    config, whole = long_run
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError):
+        run_ranks(1, planned_rank, config, str(run), "prune 1")
+    assert any(name.startswith(".removing-plan-") for name in plans_of(run))
+    run_ranks(1, planned_rank, config, str(run))
+    assert plans_of(run) == ["plan-000006"]
+    assert read_samples(run) == read_samples(whole) and read_losses(run) == read_losses(whole)
+
+
+def test_what_a_kept_checkpoint_needs_stays(tmp_path):
+    sections = {"train": {"duration": "18 steps"}, "checkpoint": {"keep_last": 1}}
+    sections["checkpoint"]["keep_every"] = "9 steps"
+    config = planned_config(tmp_path, {"lead": "1 steps", "refresh": "2 epochs"}, **sections)
+    run = tmp_path / "run"
+    run_ranks(1, planned_rank, config, str(run))
+    # Step 9 is in the epoch from 120 on, of plan 1; all that came later may be needed after it.
+    assert plans_of(run) == ["plan-000001", "plan-000002", "plan-000003"]
+    first = run / "checkpoints" / "step-00000009"
+    expected, losses = read_samples(run), read_losses(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000018")
+    assert first.is_dir()
+    run_ranks(1, planned_rank, config, str(run))
+    assert read_samples(run) == expected and read_losses(run) == losses
+
+
+def test_the_first_plan_that_is_needed():
+    table = [Segment(0, 60), Segment(60, 100, "plan-000000", version=0)]
+    table += [
+        Segment(100, 120, "plan-000001", version=1),
+        Segment(120, 180, "plan-000002", version=2),
+    ]
+    needed = [first_needed(table, position, 60) for position in (0, 96, 119, 120, 176)]
+    assert needed == [0, 0, 0, 2, 2]
+    assert first_needed(table[:3], 120, 60) == 1, "its clusters may be shuffled"
+    assert first_needed(table[:1], 48, 60) == 0
 
 
 def refused_rank(group, config, run: str) -> str:
