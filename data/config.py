@@ -144,7 +144,7 @@ class NegativesConfig(Section):
     and random ones (Sample4Geo); topics: one cluster a batch, balanced over margin bins
     (TAS-Balanced); coordinates: near in `coordinates` at first, then greedy; identities: P x K
     images of near identities."""
-    side: Literal["auto", "images", "texts", "labels"] = "auto"
+    side: Literal["auto", "images", "texts"] = "auto"
     """Embeddings that samples are clustered by; auto: texts, or images where there are none."""
     cluster_size: int = Field(default=4, ge=1)
     """Samples of a cluster; clusters are shuffled and laid into batches. 1: random. topics: of a
@@ -175,7 +175,7 @@ class NegativesConfig(Section):
     """Texts against labels of the batch: hard negatives that a sample brings along, the nearest
     samples that share no label with it; one label of each joins those of the step."""
     unique: tuple[Literal["label", "caption"], ...] = ()
-    """What no two samples of a batch may share."""
+    """What no two samples of a batch may share; of lists of labels, any label."""
     dim: int = Field(default=64, ge=1)
     """Columns of the stored embeddings; wider ones are projected at random, by the seed."""
     coordinates: str = ""

@@ -145,6 +145,58 @@ def test_the_like_are_kept_apart_wherever_they_can_be(num, batch, values, nothin
         assert not broken, "plenty of batches for every value"
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(2, 150),
+    batch=st.integers(1, 40),
+    labels=st.integers(1, 200),
+    most=st.integers(0, 4),
+    avoid=st.integers(0, 30),
+    seed=st.integers(0, 99),
+)
+def test_samples_that_share_any_label_are_kept_apart(num, batch, labels, most, avoid, seed):
+    rng = np.random.default_rng(seed)
+    rows = [set(rng.integers(0, labels, rng.integers(0, most + 1)).tolist()) for _ in range(num)]
+    lead = seed % batch
+    shape = BatchShape(num, batch, lead)
+    layout = Layout(rng.permutation(num), np.unique([0, *shape.edges(), num]), 0)
+    held = rng.permutation(num)[:avoid]
+    rules = Rules.of(("label",), SampleColumns(lists=LabelLists.of_rows(map(list, rows))), held)
+
+    def count(order) -> int:
+        likes = 0
+        for number, ids in enumerate(np.split(order, shape.edges()[1:-1])):
+            first = bool(lead and not number)
+            seen = set().union(*(rows[sample] for sample in held)) if first else set()
+            for sample in ids.tolist():
+                likes += bool(rows[sample] & seen or (first and sample in held))
+                seen |= rows[sample]
+        return likes
+
+    fixed, broken = keep_apart(layout, shape, rules, seed)
+    check_layout(fixed, shape, range(num))
+    assert count(fixed.order) == broken <= count(layout.order)
+    met = np.bincount([label for row in rows for label in row], minlength=1).max()
+    if not lead and num > 4 * batch * most * met:
+        assert not broken, "plenty of batches for everyone"
+
+
+@pytest.mark.parametrize("planner", ["tree", "greedy"])
+def test_batches_without_a_shared_label_are_still_hard(planner):
+    snapshot, _ = mixture(960, 40)
+    kinds = np.random.default_rng(0).integers(0, 300, 960)
+    rows = [[int(kind), 300 + i // 4] for i, kind in enumerate(kinds)]
+    columns = SampleColumns(lists=LabelLists.of_rows(rows))
+    plan = plan_of(snapshot, planner=planner, unique=("label",), columns=columns, batch_size=16)
+    for ids in batches_of(plan):
+        held = [label for sample in ids for label in rows[sample]]
+        assert len(set(held)) == len(held)
+    assert plan.header.num_broken == 0
+    drawn = plan_of(snapshot, planner="random", unique=("label",), columns=columns, batch_size=16)
+    hardness = [measure_hardness(p, snapshot, labels=kinds).hardest for p in (plan, drawn)]
+    assert hardness[0] > hardness[1] + 0.1
+
+
 def test_moved_rows_are_no_members_of_where_they_come_to():
     snapshot, _ = mixture(640, 40)
     labels = np.repeat(np.arange(80), 8)

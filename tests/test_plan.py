@@ -337,6 +337,8 @@ def test_columns_are_loaded_as_the_knobs_ask():
     bare = Samples(Column(["a"], [-1], [0]))
     with pytest.raises(DataError, match=r"no sample has an integer label"):
         load_columns(bare, NegativesConfig(planner="identities"))
+    with pytest.raises(DataError, match=r"groups samples of one label each, and these have lists"):
+        load_columns(samples, NegativesConfig(planner="identities"), has_lists=True)
     with pytest.raises(DataError, match=r"no sample has a caption"):
         load_columns(bare, NegativesConfig(unique=("caption",)))
 

@@ -262,12 +262,23 @@ def test_faces_by_near_identities(tmp_path):
 
 def test_texts_with_labels_in_parts_of_parameters(tmp_path):
     negatives = {"refresh": "4 steps", "refresh_pass": True, "random_share": 0.25}
+    negatives["unique"] = ["label"]
     sections = {"zero": {"stage": 3}, "labels": {"over": "batch"}}
     config = planned_config(tmp_path, negatives, text_config, **sections)
     run_ranks(2, planned_rank, config, str(tmp_path / "run"))
     check_epochs(tmp_path / "run", 90)
-    (header,) = [load_header(path) for path in (tmp_path / "run" / "plans").iterdir()][:1]
-    assert header.num_unseen == 0 and header.num_clusters > 0
+    (plan,) = [BatchPlan.load(path) for path in (tmp_path / "run" / "plans").iterdir()][:1]
+    assert plan.header.num_unseen == 0 and plan.header.num_clusters > 0
+    lists = load_label_lists(build_samples(config).indexes)
+    edges, shared = plan.edges(), 0
+    for start, stop in itertools.pairwise(edges.tolist()):
+        seen: set[int] = set()
+        for sample in plan.order[start:stop].tolist():
+            shared += bool(seen & {*lists.row(sample)})
+            seen |= {*lists.row(sample)}
+    # 23 labels, and a batch has about 40: some samples must meet their like. They are counted, and
+    # those beside which the first batch holds their like already.
+    assert 0 < shared <= plan.header.num_broken < 80
 
 
 @pytest.fixture(scope="module")
@@ -448,8 +459,8 @@ def refused_rank(group, config, run: str) -> str:
 
 
 def test_bad_sections_are_one_clear_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"negatives.side = 'labels': a run with"):
-        Side(planned_config(tmp_path, {"side": "labels"}))
+    with pytest.raises(ConfigError, match=r"negatives.side = 'images': a run with .* has texts"):
+        Side(planned_config(tmp_path, {"side": "images"}, text_config))
     config = planned_config(tmp_path, {"controller": True, "grow_at": [2]})
     (told,) = run_ranks(1, refused_rank, config, str(tmp_path / "run"))
     assert "negatives.controller and negatives.grow_at both set the cluster size" in told

@@ -67,15 +67,25 @@ NO_COLUMNS = SampleColumns()
 
 
 def load_columns(
-    samples: Indexed, knobs: NegativesConfig, *, images_per_identity: int = 4
+    samples: Indexed,
+    knobs: NegativesConfig,
+    *,
+    images_per_identity: int = 4,
+    has_lists: bool = False,  # samples have lists of labels, as texts against labels do
 ) -> SampleColumns:
     """The columns that plans with these knobs ask for, from the index: 8 bytes a sample each, and
     4 a label of lists.
 
     Raises DataError where no sample has what is asked for.
     """
+    if has_lists and knobs.planner == "identities":
+        raise DataError(
+            'negatives.planner = "identities" groups samples of one label each, and these have'
+            ' lists: take "tree" or "greedy"'
+        )
     by_label = "label" in knobs.unique or knobs.planner == "identities"
-    labels = _column(samples, "label") if by_label else None
+    by_list = has_lists and by_label
+    labels = _column(samples, "label") if by_label and not has_lists else None
     if labels is not None and (labels < 0).all():
         raise DataError(
             "no sample has an integer label, and plans are to go by labels: set data.label_key to "
@@ -92,7 +102,7 @@ def load_columns(
         fingerprint=samples.fingerprint,
         num_samples=int(counts.sum()),
         labels=labels,
-        lists=load_label_lists(samples.indexes) if knobs.explicit else None,
+        lists=load_label_lists(samples.indexes) if knobs.explicit or by_list else None,
         captions=captions,
         shards=np.repeat(np.arange(len(counts)), counts) if knobs.locality else None,
         coordinates=load_coordinates(Path(knobs.coordinates), samples)

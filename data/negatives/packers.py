@@ -92,10 +92,12 @@ def _greedy(
 ) -> Layout:
     knobs, seed = affinity.knobs, affinity.seed
     width = min(knobs.skip_nearest + 2 * knobs.neighbours, max(1, len(ids) - 1))
-    lists = nearest(rows, ids, width, seed, affinity.work)[:, knobs.skip_nearest :]
-    labels = None
+    labels = apart = None
     if "label" in knobs.unique:
-        labels = affinity.columns.need("labels", 'negatives.unique = ["label"]')[ids]
+        apart = affinity.columns.lists if affinity.columns.labels is None else None
+        if apart is None:
+            labels = affinity.columns.need("labels", 'negatives.unique = ["label"]')[ids]
+    lists = nearest(rows, ids, width, seed, affinity.work, labels=apart)[:, knobs.skip_nearest :]
     companions = choose_companions(lists, knobs.neighbours, seed)
     return pack_greedily(ids, companions, labels, loose, shape, seed)
 

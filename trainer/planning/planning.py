@@ -120,6 +120,7 @@ class Planning:
                 self._samples,
                 self._negatives,
                 images_per_identity=self._config.data.images_per_identity,
+                has_lists=self._config.has_labels,
             ),
             self._samples.fingerprint,
         )
