@@ -144,7 +144,7 @@ class NegativesConfig(Section):
     and random ones (Sample4Geo); topics: one cluster a batch, balanced over margin bins
     (TAS-Balanced); coordinates: near in `coordinates` at first, then greedy; identities: P x K
     images of near identities."""
-    side: Literal["auto", "images", "texts", "labels"] = "auto"
+    side: Literal["auto", "images", "texts"] = "auto"
     """Embeddings that samples are clustered by; auto: texts, or images where there are none."""
     cluster_size: int = Field(default=4, ge=1)
     """Samples of a cluster; clusters are shuffled and laid into batches. 1: random. topics: of a
@@ -167,17 +167,27 @@ class NegativesConfig(Section):
     random_share: float = Field(default=0.0, ge=0, le=1)
     """Share of a batch that is drawn at random."""
     skip_nearest: int = Field(default=0, ge=0)
-    """greedy: nearest neighbours that are passed over, as they may be unlabelled positives."""
+    """greedy, explicit: nearest neighbours that are passed over, as they may be unlabelled
+    positives."""
     neighbours: int = Field(default=32, ge=1)
     """greedy: neighbours that a sample brings along, half of them nearest, half drawn."""
+    explicit: int = Field(default=0, ge=0)
+    """Texts against labels of the batch: hard negatives that a sample brings along, the nearest
+    samples that share no label with it; one label of each joins those of the step."""
     unique: tuple[Literal["label", "caption"], ...] = ()
-    """What no two samples of a batch may share."""
+    """What no two samples of a batch may share; of lists of labels, any label."""
     dim: int = Field(default=64, ge=1)
     """Columns of the stored embeddings; wider ones are projected at random, by the seed."""
     coordinates: str = ""
     """coordinates: Parquet with key and numeric columns (latitude, longitude in degrees)."""
+    margins: str = ""
+    """topics: Parquet with key and margin, a teacher's positive less hardest negative; empty: how
+    far a sample lies from its topic's mean."""
     margin_bins: int = Field(default=10, ge=1)
     """topics: equal-width bins of the hardness margin that a batch is balanced over."""
+    weights: str = ""
+    """Texts against labels: Parquet with key and weight, what samples' losses are multiplied by
+    from the first plan on, scaled to a mean of 1 over all samples; one not named has 1 before."""
     locality: int = Field(default=0, ge=0)
     """Cluster inside groups of so many shards, so that a batch touches few; 0: everywhere."""
     controller: bool = False

@@ -8,7 +8,7 @@ numbers a plan, lies in every checkpoint, and only ever grows at its end.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +136,42 @@ class PlannedOrder:
                 clusters = plan.clusters_at(positions[mine] - first)
                 numbers[mine] = first + plan.bounds[clusters]
         return numbers
+
+    def negatives_of(
+        self,
+        positions: Int64s,  # (n,)
+    ) -> Int64s:  # (n, h)
+        """Samples that stand by each position's own as explicit negatives; -1: none, or no more."""
+        found = np.full((len(positions), 0), -1, np.int64)
+        for plan, mine, places in self._in_plans(positions):
+            if plan.negatives is None:
+                continue
+            more = plan.negatives.shape[1] - found.shape[1]
+            found = np.pad(found, ((0, 0), (0, max(0, more))), constant_values=-1)
+            found[mine, : plan.negatives.shape[1]] = plan.negatives[places]
+        return found
+
+    def weights_of(
+        self,
+        positions: Int64s,  # (n,)
+    ) -> NDArray[np.float32]:  # (n,)
+        """What the loss of each position's sample is multiplied by; 1 where no plan says it."""
+        weights = np.ones(len(positions), np.float32)
+        for plan, mine, places in self._in_plans(positions):
+            if plan.row_weights is not None:
+                weights[mine] = plan.row_weights[places]
+        return weights
+
+    def _in_plans(
+        self, positions: Int64s
+    ) -> Iterator[tuple[BatchPlan, NDArray[np.bool_], Int64s]]:  # which positions, their places
+        """Each plan that some of the positions are of."""
+        if not len(positions):
+            return
+        for part in self.between(int(positions.min()), int(positions.max()) + 1):
+            mine = (positions >= part.start) & (positions < part.stop)
+            if part.plan and mine.any():
+                yield self.plan(part), mine, positions[mine] - (part.start - part.offset)
 
     def plan(self, segment: Segment) -> BatchPlan:
         """The plan of a segment; its arrays stay in the file."""

@@ -130,9 +130,28 @@ def test_fields_that_do_not_fit_name_the_way_out():
         ({"loss": {"name": "siglip", "label_smoothing": 0.1}}, 'needs loss.name = "clip"'),
         ({"data": {"shards": "a", "sources": [{"shards": "b"}]}}, "not both"),
         ({"train": {"duration": "5 minutes"}}, "not minutes"),
+        ({"negatives": {"explicit": 2}}, "explicit = 2: it is for texts against labels"),
+        ({"negatives": {"explicit": 2}, "loss": {"name": "cosface"}}, "is none of these"),
+        (explicit(labels={"over": "all"}), 'labels.over = "batch", where labels'),
+        (explicit(labels={"rows": "classifiers"}), "classifiers and all labels"),
+        (explicit(data={"batching": "plain"}), 'set data.batching = "planned"'),
+        (explicit(negatives={"explicit": 1, "planner": "random"}), 'other than "random"'),
+        ({"negatives": {"weights": "w.parquet"}}, "losses of texts against labels are weighted"),
+        (explicit(data={"batching": "plain"}, negatives={"weights": "w"}), "lie in plans"),
+        (explicit(negatives={"margins": "m.parquet"}), 'negatives.planner = "topics" balances'),
     ):
         with pytest.raises(ConfigError, match=said):
             parse_config(tree, "x")
+
+
+def explicit(**sections: dict) -> dict:
+    """A run whose samples bring negatives along, but for `sections`."""
+    tree = {"data": {"batching": "planned"}, "loss": {"name": "decoupled"}}
+    return {**tree, "negatives": {"explicit": 1}, **sections}
+
+
+def test_samples_that_bring_negatives_along():
+    assert parse_config(explicit(), "x").negatives.explicit == 1
 
 
 def test_there_are_few_enough_fields():

@@ -55,6 +55,12 @@ class Case:
     options: dict = field(default_factory=dict)
     drawn: bool = False
     bias: bool = True
+    weighted: bool = False
+
+    def weights(self):
+        draw = torch.Generator().manual_seed(self.seed + 1)
+        weights = torch.rand(self.count, generator=draw, dtype=torch.float64) * 3
+        return weights.masked_fill(torch.arange(self.count) % 6 == 2, 0.0)
 
     def inputs(self):
         draw = torch.Generator().manual_seed(self.seed)
@@ -104,8 +110,22 @@ def _expected_of(case):
         if x is not None:
             x.requires_grad_()
     options = {**case.options, **({"drawn": drawn} if case.drawn else {})}
+    if case.weighted:
+        return differentiate(weighted_mean(case, numbers, positives, label_ids, drawn), numbers)
     value = ORACLES[case.loss](*numbers.values(), positives, label_ids.tolist(), **options)
     return differentiate(value, numbers)
+
+
+def weighted_mean(case, numbers, positives, label_ids, drawn):
+    """Each query alone by the oracle, times its weight."""
+    queries, *others = numbers.values()
+    total = queries.sum() * 0
+    for i, weight in enumerate(case.weights().tolist()):
+        options = {**case.options, **({"drawn": drawn[i : i + 1]} if case.drawn else {})}
+        total = total + weight * ORACLES[case.loss](
+            queries[i : i + 1], *others, positives[i : i + 1], label_ids.tolist(), **options
+        )
+    return total / case.count
 
 
 def actual_of(case, group=None, cuts=(slice(None), slice(None)), dtype=torch.float64, **ours):
@@ -113,6 +133,8 @@ def actual_of(case, group=None, cuts=(slice(None), slice(None)), dtype=torch.flo
     numbers, positives, label_ids, drawn = case.inputs()
     numbers["queries"], numbers["labels"] = numbers["queries"][cuts[0]], numbers["labels"][cuts[1]]
     numbers = {k: x if x is None else x.to(dtype).requires_grad_() for k, x in numbers.items()}
+    if case.weighted:
+        ours["row_weights"] = case.weights()[cuts[0]]
     if case.drawn:
         ours["drawn"] = torch.tensor(drawn, dtype=torch.int64)[cuts[0]]
     value = OURS[case.loss](
@@ -150,6 +172,13 @@ CASES = [
     for ids in (0, 12)
 ] + [
     Case("one_vs_all", bias=False),
+    Case("one_vs_all", weighted=True, ids=12),
+    Case("info_nce", weighted=True, drawn=True),
+    Case("decoupled", weighted=True, ids=12),
+    Case("soft_topk", weighted=True, options={"k": 3}),
+    Case("soft_topk", weighted=True, drawn=True, ids=12),
+    Case("topk_hinge", weighted=True, options={"k": 4, "softmax_temperature": 0.7, "margin": 2.0}),
+    Case("topk_hinge", weighted=True, drawn=True),
     Case("decoupled", scale=3000.0),
     Case("soft_topk", scale=30.0),
     Case("topk_hinge", scale=1.0),

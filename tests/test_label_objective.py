@@ -1,6 +1,7 @@
 """The objective of texts against labels: its draws, its gradients and the steps of classifiers."""
 
 import copy
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,12 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from tiny_texts import text_config
 
+from data.config import NegativesConfig
 from data.label_lists import LabelLists
 from data.loader import Batch
+from data.negatives.plan import BatchPlan, make_plan
+from data.order import Order
+from data.planned_order import PlannedOrder, Segment
 from trainer.centers.files import load_state, state_files
 from trainer.centers.label_rows import LabelRows, read_label_rows
 from trainer.centers.parts import Part
@@ -20,7 +25,7 @@ from trainer.dropout import make_dropout_keyed, row_keys, use_row_keys
 from trainer.hardness import Hardness
 from trainer.models import build_text_model
 from trainer.models.texts.label_texts import LabelTokens
-from trainer.objectives.labels import LabelObjective
+from trainer.objectives.labels import LabelData, LabelObjective
 from trainer.ranks import Ranks
 
 NUM_LABELS, NUM_TEXTS, BATCH, LENGTH, DIM = 13, 40, 10, 6, 8
@@ -49,6 +54,22 @@ def label_tokens() -> torch.Tensor:
     return torch.randint(1, 30, (NUM_LABELS, LENGTH), generator=generator, dtype=torch.int32)
 
 
+def a_plan(folder) -> PlannedOrder:
+    """Positions of the steps that are asked for, each with up to two explicit negatives, and a
+    weight.
+    """
+    order, rng = np.arange(NUM_TEXTS), np.random.default_rng(3)
+    header = make_plan(None, order, NegativesConfig(), seed=1, version=0, batch_size=BATCH).header
+    negatives = rng.integers(-1, NUM_TEXTS, (NUM_TEXTS, 2), dtype=np.int32)
+    name = f"plan-{os.getpid()}"  # each rank has its own
+    weights = (np.arange(NUM_TEXTS) % 4 / 2).astype(np.float32)
+    plan = BatchPlan(order, np.arange(NUM_TEXTS + 1), header, negatives, weights)
+    plan = plan.save(folder / name)
+    planned = PlannedOrder(Order([NUM_TEXTS], seed=1, chunk=1, lanes=1, window=1), "")
+    planned.start(folder, [Segment(0, NUM_TEXTS, name, plan.header.sha256)])
+    return planned
+
+
 def an_objective(group, folder, sections):
     """An objective over a float64 model, without an engine: nothing is stepped but classifiers."""
     config = text_config(folder, **sections)
@@ -66,13 +87,16 @@ def an_objective(group, folder, sections):
         side = LabelRows(NUM_LABELS, DIM, group, config=config.centers, seed=4, dtype=torch.float64)
     hardness = Hardness(0, group, due=lambda _: False)
     engine = SimpleNamespace(clamp=lambda *_: None)
+    planned = a_plan(folder) if config.data.batching == "planned" else None
     return model, LabelObjective(
-        config, model, engine, ranks, label_lists(), part, "", side, hardness
+        config, model, engine, ranks, LabelData(label_lists(), part, "", planned), side, hardness
     )
 
 
-def sections_of(loss, rows, over, **model):
+def sections_of(loss, rows, over, explicit=0, weights="", **model):
     return {
+        "data": {"batching": "planned" if explicit or weights else "plain"},
+        "negatives": {"explicit": explicit, "weights": weights},
         "model": {"embedding_dim": DIM, "context_length": LENGTH, "buckets": 30, **model},
         "loss": {"name": loss},
         "labels": {"rows": rows, "over": over},
@@ -99,7 +123,7 @@ def gradients_rank(group, folder, sections):
     return float(loss.detach()), found, before, after, numbers
 
 
-def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, loss_config):
+def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, weights):
     """Float64, autograd, one process: (B, d) against (m, d) with every mask written out."""
     cosines = queries @ labels.T
     logits = scale * cosines
@@ -114,7 +138,7 @@ def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, loss
         if loss == "one_vs_all":
             targets = torch.zeros(len(label_ids), dtype=logits.dtype)
             targets[places] = 1
-            total = total + F.binary_cross_entropy_with_logits(
+            total = total + weights[i] * F.binary_cross_entropy_with_logits(
                 logits[i] + bias, targets, reduction="sum"
             )
             continue
@@ -127,7 +151,7 @@ def dense_loss(loss, queries, labels, scale, bias, lists, label_ids, drawn, loss
                 torch.logsumexp(torch.cat([logits[i, j][None], others]), 0) - logits[i, j]
                 for j in places
             ]
-        total = total + sum(terms) / len(terms)
+        total = total + weights[i] * sum(terms) / len(terms)
     return total / len(queries)
 
 
@@ -139,6 +163,10 @@ CASES = [
     ("decoupled", "classifiers", "batch", {}),
     ("one_vs_all", "classifiers", "all", {}),
     ("one_vs_all", "texts", "batch", {}),
+    ("decoupled", "texts", "batch", {"explicit": 2, "token_dropout": 0.3}),
+    ("topk_hinge", "texts", "batch", {"explicit": 1, "weights": "w.parquet"}),
+    ("decoupled", "classifiers", "all", {"weights": "w.parquet"}),
+    ("one_vs_all", "texts", "batch", {"weights": "w.parquet"}),
 ]
 
 
@@ -155,6 +183,9 @@ def test_gradients_are_the_global_losses_on_any_number_of_ranks(tmp_path, loss, 
         label_ids = (
             torch.arange(NUM_LABELS) if over == "all" else asked.drawn[asked.drawn >= 0].unique()
         )
+        if config.negatives.explicit:  # all that were brought along count, for every query
+            assert len(asked.label_ids) > len(label_ids)
+            label_ids = asked.label_ids
         keys = objective._label_keys(batch, label_ids)
         queries, labels, scale, bias = net(batch.texts, label_tokens()[label_ids], keys)
     else:
@@ -165,8 +196,9 @@ def test_gradients_are_the_global_losses_on_any_number_of_ranks(tmp_path, loss, 
     scale = torch.ones_like(scale) if loss == "topk_hinge" else scale
     of_batch = lists.of(batch.ids.numpy())
     expected = dense_loss(
-        loss, queries, labels, scale, bias, of_batch, label_ids, asked.drawn, config.loss
-    )
+        loss, queries, labels, scale, bias, of_batch, label_ids, asked.drawn,
+        batch.positions % 4 / 2 if config.negatives.weights else torch.ones(BATCH),
+    )  # fmt: skip
     expected.backward()
     for world_size in (1, 3):
         found = run_ranks(world_size, gradients_rank, tmp_path, sections)
@@ -208,6 +240,25 @@ def test_a_positive_is_drawn_by_seed_and_place_alone(tmp_path):
         for label in own:
             share = labels.count(label) / len(labels)
             assert share == pytest.approx(1 / len(own), abs=4.5 / len(labels) ** 0.5 / 2)
+
+
+def test_a_label_of_each_explicit_negative_is_drawn_by_seed_and_place_alone(tmp_path):
+    sections = sections_of("info_nce", "texts", "batch", explicit=2)
+    _, objective = an_objective(None, tmp_path, sections)
+    lists, negatives = label_lists(), a_plan(tmp_path).negatives_of(np.arange(NUM_TEXTS))
+    for step in range(NUM_TEXTS // BATCH):
+        batch = a_batch(0, 1, step)
+        own = objective._ask(batch).drawn
+        brought = set(objective._draw_negatives(batch).tolist()) - {-1}
+        mine = negatives[batch.positions]
+        for sample in mine[mine >= 0].tolist():
+            assert not lists.row(sample) or brought & {*lists.row(sample)}
+        assert brought <= {label for s in mine[mine >= 0].tolist() for label in lists.row(s)}
+        asked = set(objective._ask(batch).label_ids.tolist())
+        assert asked == brought | {*own[own >= 0].tolist()}
+        of_ranks = [set(objective._ask(a_batch(r, 3, step)).label_ids.tolist()) for r in range(3)]
+        assert set().union(*of_ranks) == asked
+    assert objective.most_rows(4) == 12 and objective.most_rows(5) == NUM_LABELS
 
 
 def test_labels_of_a_step_share_masks_over_ranks_and_differ_over_steps(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import data.negatives.neighbours as neighbours_module
 from data.config import NegativesConfig
 from data.errors import DataError
+from data.label_lists import LabelLists
 from data.negatives.columns import SampleColumns
 from data.negatives.constraints import Rules, keep_apart
 from data.negatives.hardness import measure_hardness
@@ -15,6 +16,7 @@ from data.negatives.layout import BatchShape, Layout, lay_out, spread
 from data.negatives.mining import attach, mine_negatives
 from data.negatives.neighbours import choose_companions, nearest
 from data.negatives.plan import make_plan
+from data.negatives.reshuffle import reshuffle_plan
 from data.negatives.store import Snapshot, unit_rows
 from data.negatives.tree import ONE_THREAD, Clusters
 
@@ -143,6 +145,58 @@ def test_the_like_are_kept_apart_wherever_they_can_be(num, batch, values, nothin
         assert not broken, "plenty of batches for every value"
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(2, 150),
+    batch=st.integers(1, 40),
+    labels=st.integers(1, 200),
+    most=st.integers(0, 4),
+    avoid=st.integers(0, 30),
+    seed=st.integers(0, 99),
+)
+def test_samples_that_share_any_label_are_kept_apart(num, batch, labels, most, avoid, seed):
+    rng = np.random.default_rng(seed)
+    rows = [set(rng.integers(0, labels, rng.integers(0, most + 1)).tolist()) for _ in range(num)]
+    lead = seed % batch
+    shape = BatchShape(num, batch, lead)
+    layout = Layout(rng.permutation(num), np.unique([0, *shape.edges(), num]), 0)
+    held = rng.permutation(num)[:avoid]
+    rules = Rules.of(("label",), SampleColumns(lists=LabelLists.of_rows(map(list, rows))), held)
+
+    def count(order) -> int:
+        likes = 0
+        for number, ids in enumerate(np.split(order, shape.edges()[1:-1])):
+            first = bool(lead and not number)
+            seen = set().union(*(rows[sample] for sample in held)) if first else set()
+            for sample in ids.tolist():
+                likes += bool(rows[sample] & seen or (first and sample in held))
+                seen |= rows[sample]
+        return likes
+
+    fixed, broken = keep_apart(layout, shape, rules, seed)
+    check_layout(fixed, shape, range(num))
+    assert count(fixed.order) == broken <= count(layout.order)
+    met = np.bincount([label for row in rows for label in row], minlength=1).max()
+    if not lead and num > 4 * batch * most * met:
+        assert not broken, "plenty of batches for everyone"
+
+
+@pytest.mark.parametrize("planner", ["tree", "greedy"])
+def test_batches_without_a_shared_label_are_still_hard(planner):
+    snapshot, _ = mixture(960, 40)
+    kinds = np.random.default_rng(0).integers(0, 300, 960)
+    rows = [[int(kind), 300 + i // 4] for i, kind in enumerate(kinds)]
+    columns = SampleColumns(lists=LabelLists.of_rows(rows))
+    plan = plan_of(snapshot, planner=planner, unique=("label",), columns=columns, batch_size=16)
+    for ids in batches_of(plan):
+        held = [label for sample in ids for label in rows[sample]]
+        assert len(set(held)) == len(held)
+    assert plan.header.num_broken == 0
+    drawn = plan_of(snapshot, planner="random", unique=("label",), columns=columns, batch_size=16)
+    hardness = [measure_hardness(p, snapshot, labels=kinds).hardest for p in (plan, drawn)]
+    assert hardness[0] > hardness[1] + 0.1
+
+
 def test_moved_rows_are_no_members_of_where_they_come_to():
     snapshot, _ = mixture(640, 40)
     labels = np.repeat(np.arange(80), 8)
@@ -257,6 +311,17 @@ def test_topics_fill_batches_alike_in_margins():
     )
 
 
+def test_margins_that_are_not_known_are_in_a_bin_of_their_own():
+    rng = np.random.default_rng(3)
+    snapshot, _ = mixture(4096, 8, 0.3)
+    margins = np.where(rng.random(4096) < 0.75, np.nan, rng.random(4096)).astype(np.float32)
+    plan = plan_of(snapshot, planner="topics", columns=SampleColumns(margins=margins))
+    unknown = [np.isnan(margins[batch]).sum() for batch in batches_of(plan)]
+    assert np.std(unknown) < 0.75 * (32 * 0.75 * 0.25) ** 0.5, "drawn ones would differ more"
+    nowhere = SampleColumns(margins=np.full(4096, np.nan, np.float32))
+    assert sorted(plan_of(snapshot, planner="topics", columns=nowhere).order) == list(range(4096))
+
+
 def test_coordinates_are_for_the_cold_start():
     rng = np.random.default_rng(0)
     points = unit_rows(rng.standard_normal((1000, 3)).astype(np.float32))
@@ -339,20 +404,75 @@ def test_locality_touches_few_shards():
     assert first[0] != first[1], "other groups in the next plan"
 
 
-def test_mined_negatives_are_near_and_never_positives():
+def test_mined_negatives_are_near_and_never_positives(monkeypatch):
     snapshot, owner = mixture(600, 30)
     plan = plan_of(snapshot)
-    found = mine_negatives(plan, snapshot, 5, labels=owner)
+    labels = LabelLists.of_rows([[label] for label in owner.tolist()])
+    found = mine_negatives(plan, snapshot, 5, labels=labels)
     assert found.shape == (600, 5)
     assert (owner[found] != owner[plan.order][:, None]).all() and (found >= 0).all()
     plain = mine_negatives(plan, snapshot, 5)
     assert (owner[plain] == owner[plan.order][:, None]).mean() > 0.8
     assert (mine_negatives(plan, snapshot, 4, skip=1) == plain[:, 1:]).all()
-    few = mine_negatives(plan_of(snapshot, np.arange(4)), snapshot, 8)
-    assert (np.sort(few, axis=1)[:, :5] == -1).all() and (few >= 0).sum(axis=1).tolist() == [3] * 4
+    monkeypatch.setattr(neighbours_module, "EXACT", 100)
+    monkeypatch.setattr(neighbours_module, "CELL_ROWS", 200)
+    of_cells = mine_negatives(plan, snapshot, 5, labels=labels)
+    assert (owner[of_cells] != owner[plan.order][:, None]).all() and (of_cells >= 0).all()
+    both = [len({*a} & {*b}) for a, b in zip(found.tolist(), of_cells.tolist(), strict=True)]
+    assert np.mean(both) > 2.5, "most of the nearest are in a cell of one of the trees"
+    monkeypatch.undo()
+    part = plan_of(snapshot, np.arange(4))  # a plan of what an epoch has left is mined as widely
+    everyone = plain[np.argsort(plan.order)]
+    assert (mine_negatives(part, snapshot, 5) == everyone[part.order]).all()
     carried = attach(plan, negatives=found, row_weights=np.arange(600, dtype=np.float32))
-    assert carried.row_weights.mean() == pytest.approx(1)
+    assert (carried.row_weights == np.arange(600)).all()
+    assert (attach(carried, row_weights=np.ones(600, np.float32)).negatives == found).all()
     with pytest.raises(DataError, match="negatives of shape"):
         attach(plan, negatives=found[1:])
     with pytest.raises(DataError, match="row weights"):
         attach(plan, row_weights=np.full(600, np.nan, np.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(1, 60),
+    most=st.integers(0, 5),
+    labels=st.integers(1, 30),
+    wanted=st.integers(1, 7),
+    skip=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_negatives_of_lists_are_what_a_loop_finds(num, most, labels, wanted, skip, seed):
+    rng = np.random.default_rng(seed)
+    snapshot = Snapshot.of(rng.normal(size=(num, 5)), rng.integers(-1, 3, num), "print")
+    rows = [rng.choice(labels, rng.integers(min(most, labels) + 1), False) for _ in range(num)]
+    plan = plan_of(snapshot, rng.permutation(num)[: max(1, num // 2)])
+    found = mine_negatives(plan, snapshot, wanted, skip=skip, labels=LabelLists.of_rows(rows))
+    unit = unit_rows(snapshot.rows.astype(np.float32))
+    usable = [i for i in range(num) if snapshot.seen[i] and len(rows[i])]
+    for sample, negatives in zip(plan.order.tolist(), found.tolist(), strict=True):
+        others = [i for i in usable if i != sample and not {*rows[i]} & {*rows[sample]}]
+        nearest = sorted(others, key=lambda i: -float(unit[i] @ unit[sample]))
+        expected = nearest[skip : skip + wanted] if sample in usable else []
+        assert negatives == expected + [-1] * (wanted - len(expected))
+
+
+def test_no_negatives_are_mined_from_embeddings_that_are_not_finite():
+    snapshot, _ = mixture(60, 6)
+    plan = plan_of(snapshot)
+    rows = np.array(snapshot.rows)
+    rows[7, 0] = np.nan
+    with pytest.raises(DataError, match="of the samples 7"):
+        mine_negatives(plan, Snapshot.of(rows, None, snapshot.fingerprint), 2)
+
+
+def test_shuffled_clusters_keep_their_negatives():
+    snapshot, owner = mixture(200, 10)
+    some = np.arange(0, 200, 3)
+    plan = plan_of(snapshot, some)
+    labels = LabelLists.of_rows([[label] for label in owner.tolist()])
+    plan = attach(plan, negatives=mine_negatives(plan, snapshot, 3, labels=labels))
+    again = reshuffle_plan(plan, np.arange(200), version=4, asked_step=0)
+    known = dict(zip(plan.order.tolist(), plan.negatives.tolist(), strict=True))
+    for sample, negatives in zip(again.order.tolist(), again.negatives.tolist(), strict=True):
+        assert negatives == known.get(sample, [-1] * 3)

@@ -337,6 +337,8 @@ def test_columns_are_loaded_as_the_knobs_ask():
     bare = Samples(Column(["a"], [-1], [0]))
     with pytest.raises(DataError, match=r"no sample has an integer label"):
         load_columns(bare, NegativesConfig(planner="identities"))
+    with pytest.raises(DataError, match=r"groups samples of one label each, and these have lists"):
+        load_columns(samples, NegativesConfig(planner="identities"), has_lists=True)
     with pytest.raises(DataError, match=r"no sample has a caption"):
         load_columns(bare, NegativesConfig(unique=("caption",)))
 
@@ -361,3 +363,33 @@ def test_coordinates_on_the_globe_and_in_the_plane(tmp_path):
         load_coordinates(path, samples)
     with pytest.raises(DataError, match=r"no Parquet table with a column key"):
         load_coordinates(tmp_path / "nowhere", samples)
+
+
+def test_margins_and_weights_come_by_key(tmp_path):
+    samples = Samples(Column(["a", "b"], [0] * 2, [0] * 2), Column(["c", "d"], [0] * 2, [0] * 2))
+    path = tmp_path / "teacher.parquet"
+
+    def load(**column) -> SampleColumns:
+        pq.write_table(pa.table({"key": ["c", "z", "a"], **column}), path)
+        names = {"margins" if "margin" in column else "weights": str(path)}
+        return load_columns(samples, NegativesConfig(planner="topics", **names))
+
+    margins = load(margin=[0.5, 9.0, None]).margins
+    assert np.array_equal(margins, np.float32([np.nan, np.nan, 0.5, np.nan]), equal_nan=True)
+    assert load(margin=[1, 2, 3]).margins[2] == 1
+    weights = load(weight=[4, 9, 0]).weights
+    assert weights.tolist() == pytest.approx([0, 2 / 3, 8 / 3, 2 / 3]) and weights.dtype == "f4"
+    for bad in ([-1.0, 0, 1], [None, 0, 1]):
+        with pytest.raises(DataError, match=r"none below 0, and not all 0"):
+            load(weight=bad)
+    with pytest.raises(DataError, match="a margin is infinite"):
+        load(margin=[np.inf, 0, 1])
+    with pytest.raises(DataError, match=r"no column weight of numbers; its columns are key, w"):
+        load(w=[1, 2, 3])
+    with pytest.raises(
+        DataError, match=r"no column weight of numbers; its columns are key, weight"
+    ):
+        load(weight=["a", "b", "c"])
+    pq.write_table(pa.table({"key": ["y"], "weight": [1.0]}), path)
+    with pytest.raises(DataError, match=r"none of its keys \(y"):
+        load_columns(samples, NegativesConfig(weights=str(path)))

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
@@ -18,11 +20,14 @@ from tiny_runs import read_losses, read_samples, tiny_config, train_rank
 from tiny_texts import text_config
 
 from data.errors import DataError
+from data.label_lists import load_label_lists
 from data.negatives.plan import BatchPlan, load_header
 from data.negatives.store import EmbeddingStore
+from data.planned_order import Segment
 from trainer.config import ConfigError
 from trainer.durable import write_file
 from trainer.planning.background import Job
+from trainer.planning.prune import first_needed
 from trainer.planning.report import describe_plans, load_plans
 from trainer.planning.rows import Projection, Side, gather_by_id
 from trainer.planning.stored import restore_store, store_files
@@ -35,7 +40,7 @@ NEGATIVES = {"refresh": "2 steps", "lead": "1 steps", "refresh_pass": True, "clu
 SECTIONS = {
     "data": {"batching": "planned"},
     "train": {"duration": f"{STEPS} steps"},
-    "checkpoint": {"every": "3 steps"},
+    "checkpoint": {"every": "3 steps", "keep_last": 99},
     "eval": {"batch_size": 8},
 }
 
@@ -48,7 +53,7 @@ def planned_config(folder: Path, negatives: dict, make=tiny_config, **sections: 
 
 
 def planned_rank(group, config, run: str, fault: str = "") -> bool:
-    """Train as one rank. fault: "step 5", "plan 1", "save 1", "refresh 1" die by SIGKILL there;
+    """Train as one rank. fault: "step 5", "plan 1", "save 1", "refresh 1", "prune 1": dies there;
     "slow" takes its time for each plan.
     """
     from trainer.hardness import controller
@@ -79,6 +84,11 @@ def planned_rank(group, config, run: str, fault: str = "") -> bool:
 
         flush = files.flush_folder
         files.flush_folder = lambda path: die() if ".draft" in path.name else flush(path)
+    if kind == "prune":  # amid the removal of a plan
+        from trainer.planning import prune
+
+        remove = prune.remove
+        prune.remove = lambda path: die() if path.exists() else remove(path)
     if kind == "refresh":
         gather = refresh.gather_by_id
         refresh.gather_by_id = lambda *arguments: (die(), gather(*arguments))[1]
@@ -252,12 +262,88 @@ def test_faces_by_near_identities(tmp_path):
 
 def test_texts_with_labels_in_parts_of_parameters(tmp_path):
     negatives = {"refresh": "4 steps", "refresh_pass": True, "random_share": 0.25}
+    negatives["unique"] = ["label"]
     sections = {"zero": {"stage": 3}, "labels": {"over": "batch"}}
     config = planned_config(tmp_path, negatives, text_config, **sections)
     run_ranks(2, planned_rank, config, str(tmp_path / "run"))
     check_epochs(tmp_path / "run", 90)
-    (header,) = [load_header(path) for path in (tmp_path / "run" / "plans").iterdir()][:1]
-    assert header.num_unseen == 0 and header.num_clusters > 0
+    (plan,) = [BatchPlan.load(path) for path in (tmp_path / "run" / "plans").iterdir()][:1]
+    assert plan.header.num_unseen == 0 and plan.header.num_clusters > 0
+    lists = load_label_lists(build_samples(config).indexes)
+    edges, shared = plan.edges(), 0
+    for start, stop in itertools.pairwise(edges.tolist()):
+        seen: set[int] = set()
+        for sample in plan.order[start:stop].tolist():
+            shared += bool(seen & {*lists.row(sample)})
+            seen |= {*lists.row(sample)}
+    # 23 labels, and a batch has about 40: some samples must meet their like. They are counted, and
+    # those beside which the first batch holds their like already.
+    assert 0 < shared <= plan.header.num_broken < 80
+
+
+@pytest.fixture(scope="module")
+def explicit_runs(tmp_path_factory):
+    """A run of texts that bring two negatives along, and the same killed after step 8."""
+    folder = tmp_path_factory.mktemp("explicit")
+    negatives = {"explicit": 2, "skip_nearest": 1, "planner": "greedy", "lead": "1 steps"}
+    sections = {"labels": {"over": "batch"}, "train": {"duration": "11 steps", "chunk_size": 3}}
+    config = planned_config(folder, negatives, text_config, **sections)
+    run_ranks(2, planned_rank, config, str(folder / "whole"))
+    with pytest.raises(AssertionError):
+        run_ranks(2, planned_rank, config, str(folder / "killed"), "step 8")
+    return config, folder
+
+
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_explicit_negatives_are_met_and_the_same_after_a_kill(explicit_runs, tmp_path, then):
+    config, folder = explicit_runs
+    whole, run = folder / "whole", tmp_path / "run"
+    plan = BatchPlan.load(whole / "plans" / "plan-000000")
+    lists = load_label_lists(build_samples(config).indexes)
+    assert plan.negatives.shape == (90, 2)
+    assert (plan.negatives >= 0).any(axis=1).sum() > 50  # 64 have been embedded, 3 without labels
+    for sample, negatives in zip(plan.order, plan.negatives, strict=True):
+        for other in negatives[negatives >= 0]:
+            assert not set(lists.row(sample)) & set(lists.row(other)) and lists.row(other)
+    lines = read_lines(whole)
+    met = [lines[step]["num_negatives"] for step in sorted(lines)]
+    assert np.mean(met[6:]) > np.mean(met[:5]) + 2  # the plan begins in step 6
+    shutil.copytree(folder / "killed", run)
+    run_ranks(then, planned_rank, config, str(run))
+    check_epochs(run, 90)
+    assert read_samples(run) == read_samples(whole)
+    again, expected, found = read_lines(run), read_losses(whole), read_losses(run)
+    assert [again[step]["num_negatives"] for step in sorted(again)] == met
+    if then == 2:
+        assert found == expected
+    assert found == {step: pytest.approx(loss, rel=2e-4) for step, loss in expected.items()}
+
+
+def test_margins_and_weights_of_a_table_reach_plans_and_losses(tmp_path):
+    weighed = {f"{number:04d}": 0.0 if number % 2 else 3.0 for number in range(80)}
+    names = list(weighed)
+    table = {"key": names, "weight": list(weighed.values()), "margin": np.arange(80) / 80}
+    pq.write_table(pa.table(table), tmp_path / "teacher.parquet")
+    places = dict.fromkeys(("margins", "weights"), str(tmp_path / "teacher.parquet"))
+    negatives = {"planner": "topics", "lead": "1 steps", "start_epoch": 0, "refresh": "2 epochs"}
+    sections = {"labels": {"over": "batch"}, "train": {"duration": "7 steps"}}
+    found = []
+    for name, extra in (("weighed", places), ("plain", {})):
+        config = planned_config(tmp_path, negatives | extra, text_config, **sections)
+        run_ranks(2, planned_rank, config, str(tmp_path / name))
+        check_epochs(tmp_path / name, 90)
+        found.append(read_losses(tmp_path / name))
+    config = planned_config(tmp_path, negatives | places, text_config, **sections)
+    keys = [key.split(":")[1] for key in build_samples(config).keys(np.arange(90))]
+    weights = np.array([weighed.get(key, 1.0) for key in keys])
+    for plan in ("plan-000000", "plan-000001"):  # the second is the first's clusters, shuffled
+        whole, plain = (
+            BatchPlan.load(tmp_path / run / "plans" / plan) for run in ("weighed", "plain")
+        )
+        assert np.allclose(whole.row_weights, (weights / weights.mean())[whole.order])
+        assert plain.row_weights is None
+    assert not np.array_equal(whole.order, plain.order)  # margins deal other batches
+    assert all(abs(found[0][step] - found[1][step]) > 0.01 for step in range(1, 8))
 
 
 def test_controller_workers_locality_and_saves_behind_training(tmp_path):
@@ -284,6 +370,86 @@ def test_controller_workers_locality_and_saves_behind_training(tmp_path):
     assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Eight epochs, each with a plan of its own from the second on, and two checkpoints kept."""
+    folder = tmp_path_factory.mktemp("long")
+    sections = {"train": {"duration": "30 steps"}, "checkpoint": {"keep_last": 2}}
+    config = planned_config(folder, {"lead": "1 steps"}, **sections)
+    run_ranks(1, planned_rank, config, str(folder / "run"))
+    return config, folder / "run"
+
+
+def plans_of(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "plans").iterdir())
+
+
+def test_plans_that_no_checkpoint_needs_are_removed(long_run, tmp_path):
+    config, whole = long_run
+    check_epochs(whole)
+    # Checkpoints of steps 27 and 30: of the epoch that begins at position 420, whose plan is 6.
+    assert plans_of(whole) == ["plan-000006"]
+    told = list(describe_plans(build_samples_with(whole, config), config))
+    assert "steps 5 to 7: plan-000000, removed since: no checkpoint needs it" in told
+    assert any("plan-000006, asked for at step 25: 60 samples" in line for line in told)
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError):
+        run_ranks(1, planned_rank, config, str(run), "step 22")
+    # Step 18 is in the epoch from 240 on, of plan 3.
+    assert plans_of(run) == ["plan-000003", "plan-000004", "plan-000005"]
+    newest = run / "checkpoints" / "step-00000021"
+    (newest / "state.json").write_text("{}")
+    run_ranks(1, planned_rank, config, str(run))
+    assert "step-00000018 at 288" in (run / "log" / "rank-0000.log").read_text()
+    assert read_samples(run) == read_samples(whole) and read_losses(run) == read_losses(whole)
+    assert plans_of(run) == ["plan-000006"]
+
+
+def build_samples_with(run: Path, config):
+    samples = build_samples(config)
+    load_plans(run, samples)
+    return samples
+
+
+def test_a_kill_amid_a_removal_does_no_harm(long_run, tmp_path):
+    config, whole = long_run
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError):
+        run_ranks(1, planned_rank, config, str(run), "prune 1")
+    assert any(name.startswith(".removing-plan-") for name in plans_of(run))
+    run_ranks(1, planned_rank, config, str(run))
+    assert plans_of(run) == ["plan-000006"]
+    assert read_samples(run) == read_samples(whole) and read_losses(run) == read_losses(whole)
+
+
+def test_what_a_kept_checkpoint_needs_stays(tmp_path):
+    sections = {"train": {"duration": "18 steps"}, "checkpoint": {"keep_last": 1}}
+    sections["checkpoint"]["keep_every"] = "9 steps"
+    config = planned_config(tmp_path, {"lead": "1 steps", "refresh": "2 epochs"}, **sections)
+    run = tmp_path / "run"
+    run_ranks(1, planned_rank, config, str(run))
+    # Step 9 is in the epoch from 120 on, of plan 1; all that came later may be needed after it.
+    assert plans_of(run) == ["plan-000001", "plan-000002", "plan-000003"]
+    first = run / "checkpoints" / "step-00000009"
+    expected, losses = read_samples(run), read_losses(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000018")
+    assert first.is_dir()
+    run_ranks(1, planned_rank, config, str(run))
+    assert read_samples(run) == expected and read_losses(run) == losses
+
+
+def test_the_first_plan_that_is_needed():
+    table = [Segment(0, 60), Segment(60, 100, "plan-000000", version=0)]
+    table += [
+        Segment(100, 120, "plan-000001", version=1),
+        Segment(120, 180, "plan-000002", version=2),
+    ]
+    needed = [first_needed(table, position, 60) for position in (0, 96, 119, 120, 176)]
+    assert needed == [0, 0, 0, 2, 2]
+    assert first_needed(table[:3], 120, 60) == 1, "its clusters may be shuffled"
+    assert first_needed(table[:1], 48, 60) == 0
+
+
 def refused_rank(group, config, run: str) -> str:
     try:
         train_rank(group, config, run)
@@ -293,8 +459,8 @@ def refused_rank(group, config, run: str) -> str:
 
 
 def test_bad_sections_are_one_clear_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"negatives.side = 'labels': a run with"):
-        Side(planned_config(tmp_path, {"side": "labels"}))
+    with pytest.raises(ConfigError, match=r"negatives.side = 'images': a run with .* has texts"):
+        Side(planned_config(tmp_path, {"side": "images"}, text_config))
     config = planned_config(tmp_path, {"controller": True, "grow_at": [2]})
     (told,) = run_ranks(1, refused_rank, config, str(tmp_path / "run"))
     assert "negatives.controller and negatives.grow_at both set the cluster size" in told

@@ -350,6 +350,8 @@ class Loop:
                 files["model.json"] = json.loads(Path(model).read_text())
         state = replace(state, engine=self.engine.state())
         self.checkpoints.save(state, dump_config(self.config), files)
+        if self.planning is not None:
+            self.planning.after_save(self.checkpoints.folder)
         self._last_save = time.monotonic()
         self.clock.mark("checkpoint")
 

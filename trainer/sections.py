@@ -367,6 +367,39 @@ class Config(Section):
             return ("retrieval",)
         return ("recall", "verification") if self.eval.pairs else ("recall",)
 
+    def _beside_plans(self) -> dict[str, bool]:
+        """Problem -> whether it is there, of what plans carry beside their order."""
+        asked, planner = self.negatives.explicit, self.negatives.planner
+        embeds_batch = self.labels.rows == "texts" and self.labels.over == "batch"
+        planned = self.data.batching == "planned" and planner != "random"
+        text = f"negatives.explicit = {asked}: "
+        return {
+            f"{text}it is for texts against labels, and loss.name = {self.loss.name!r} is none of"
+            ' these: leave it out and take hard batches alone (negatives.planner = "tree")': (
+                asked > 0 and not self.has_labels
+            ),
+            f'{text}it is for labels.rows = "texts" with labels.over = "batch", where labels are'
+            " embedded in the step; classifiers and all labels are met without it: leave it out": (
+                asked > 0 and self.has_labels and not embeds_batch
+            ),
+            f"{text}hard negatives are found by plans of embeddings: set data.batching ="
+            ' "planned", and a negatives.planner other than "random"': (
+                asked > 0 and self.has_labels and embeds_batch and not planned
+            ),
+            f"negatives.weights: the losses of texts against labels are weighted, and loss.name ="
+            f" {self.loss.name!r} is none of these: leave it out": (
+                bool(self.negatives.weights) and not self.has_labels
+            ),
+            'negatives.weights lie in plans: set data.batching = "planned", and a negatives.planner'
+            ' other than "random"': (
+                bool(self.negatives.weights) and self.has_labels and not planned
+            ),
+            'negatives.margins are what negatives.planner = "topics" balances batches over: set it,'
+            ' with data.batching = "planned"': (
+                bool(self.negatives.margins) and not (planned and planner == "topics")
+            ),
+        }
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
         nvme = "nvme" in (self.zero.offload_param, self.zero.offload_optimizer)
@@ -393,6 +426,7 @@ class Config(Section):
                 self.spikes.threshold > 0 and self.data.batching == "planned"
             ),
         }
+        problems |= self._beside_plans()
         if any(problems.values()):
             raise ValueError("; ".join(text for text, there in problems.items() if there))
         return self

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data.label_lists import LabelLists
 from data.negatives.columns import SampleColumns
 from data.negatives.layout import BatchShape, Layout
 from data.order import derive_key
@@ -23,11 +24,21 @@ _ROUNDS, _PATIENCE, _SEARCHED = 64, 6, 64
 
 
 class Rule(NamedTuple):
-    """Samples of equal value stay apart."""
+    """Samples that share a value stay apart."""
 
-    values: Int64s  # (N,) by sample id
-    nothing: int
-    """The value of samples that are like no other."""
+    values: Int64s | LabelLists
+    """By sample id: one each, or a list."""
+    nothing: int = -1
+    """The value of samples that are like no other, where each has one."""
+
+    def of(self, samples: Int64s) -> tuple[Int64s, Int64s]:  # (n,), (nnz,)
+        """How many values these samples have, and which."""
+        if isinstance(self.values, LabelLists):
+            lists = self.values.of(samples)
+            return lists.counts, lists.ids.astype(np.int64)
+        found = self.values[samples]
+        has = found != self.nothing
+        return has.astype(np.int64), found[has]
 
 
 class Rules(NamedTuple):
@@ -40,6 +51,9 @@ class Rules(NamedTuple):
     def of(cls, unique: Sequence[str], columns: SampleColumns, avoid: Int64s) -> "Rules":
         """Rules by their names in `negatives.unique`; DataError where a column is missing."""
         found = []
+        if "label" in unique and columns.lists is not None and columns.labels is None:
+            found.append(Rule(columns.lists))
+            unique = [name for name in unique if name != "label"]
         for name, column, nothing in (("label", "labels", -1), ("caption", "captions", 0)):
             if name in unique:
                 what_for = f'negatives.unique = ["{name}"]'
@@ -48,7 +62,7 @@ class Rules(NamedTuple):
 
 
 class _Places:
-    """Values by place, one row a rule, and which (batch, value) there are."""
+    """Values by place, and which (batch, value) there are."""
 
     def __init__(self, order: Int64s, shape: BatchShape, rules: Rules) -> None:
         edges = shape.edges()
@@ -57,35 +71,45 @@ class _Places:
         self.order = order.copy()
         self.moved = np.zeros(len(order), np.bool_)
         held = rules.avoid if shape.lead else rules.avoid[:0]
-        pairs = [
-            _codes(rule.values[order], rule.values[held], rule.nothing) for rule in rules.rules
-        ]
+        found = [_code(rule, order, held) for rule in rules.rules]
         if len(held):
-            own = np.where(np.isin(order, held), order, -1)
-            pairs.append(_codes(own, held, -1))
-        self.codes = [places for places, _ in pairs]
-        self.held = [known[known >= 0] for _, known in pairs]
+            itself = np.full(int(max(order.max(), held.max())) + 1, -1, np.int64)
+            itself[held] = held
+            found.append(_code(Rule(itself), order, held))
+        self._rows = np.arange(len(order))  # of the lists, by place
+        self._lists = [lists for lists, _ in found]
+        self._held = [codes for _, codes in found]
 
-    def keys(self, batches: Int64s, codes: Int64s) -> Int64s:
-        """One number a (batch, value); -1 where the value is none."""
-        return np.where(codes >= 0, codes * self.num_batches + batches, -1)
+    @property
+    def rules(self) -> range:
+        """Numbers of the rules."""
+        return range(len(self._lists))
+
+    def read(self, rule: int, places: Int64s) -> tuple[Int64s, Int64s]:  # (nnz,), (nnz,)
+        """The values of places, by their number among these places."""
+        lists = self._lists[rule].of(self._rows[places])
+        return np.repeat(np.arange(len(places)), lists.counts), lists.ids.astype(np.int64)
+
+    def keys(self, batches: Int64s | int, codes: Int64s | int) -> Int64s:
+        """One number a (batch, value)."""
+        return np.asarray(codes * self.num_batches + batches, np.int64)
 
     def present(self, rule: int) -> Int64s:
         """Sorted keys of everything in the batches, repeated where it is there twice."""
-        keys = self.keys(self.batches, self.codes[rule])
-        held = self.keys(np.zeros_like(self.held[rule]), self.held[rule])
-        return np.sort(np.concatenate([keys[keys >= 0], held]))
+        owners, codes = self.read(rule, np.arange(len(self.order)))
+        keys = self.keys(self.batches[owners], codes)
+        return np.sort(np.concatenate([keys, self.keys(0, self._held[rule])]))
 
     def conflicts(self) -> Int64s:
         """Places whose sample meets its like at an earlier place of the batch, or before it."""
         bad = np.zeros(len(self.order), np.bool_)
-        for rule, codes in enumerate(self.codes):
-            keys = self.keys(self.batches, codes)
-            has = np.flatnonzero(keys >= 0)
-            sequence = has[np.argsort(keys[has], kind="stable")]
-            bad[sequence[1:][keys[sequence[1:]] == keys[sequence[:-1]]]] = True
-            held = self.keys(np.zeros_like(self.held[rule]), self.held[rule])
-            bad |= np.isin(keys, held)
+        for rule in self.rules:
+            owners, codes = self.read(rule, np.arange(len(self.order)))
+            keys = self.keys(self.batches[owners], codes)
+            sequence = np.argsort(keys, kind="stable")
+            again = keys[sequence[1:]] == keys[sequence[:-1]]
+            bad[owners[sequence[1:][again]]] = True
+            bad[owners[np.isin(keys, self.keys(0, self._held[rule]))]] = True
         return np.flatnonzero(bad)
 
     def exchange(self, ones: Int64s, others: Int64s) -> int:
@@ -95,31 +119,36 @@ class _Places:
         good = self.batches[ones] != self.batches[others]
         good &= ~np.isin(others, ones) & _first(others)
         added = []
-        for rule, codes in enumerate(self.codes):
+        for rule in self.rules:
             present = self.present(rule)
-            there = self.keys(self.batches[others], codes[ones])
-            here = self.keys(self.batches[ones], codes[others])
-            good &= ~_within(present, there) & ~_within(present, here)
-            added.append((there, here))
-        ones, others = ones[good], others[good]
-        keep = np.ones(len(ones), np.bool_)
-        for there, here in added:
-            both = np.stack([there[good], here[good]], axis=1).reshape(-1)
-            keep &= (_first(both) | (both < 0)).reshape(-1, 2).all(axis=1)
+            there, here = self.read(rule, ones), self.read(rule, others)
+            pairs = np.concatenate([there[0], here[0]])
+            to = np.concatenate([self.batches[others][there[0]], self.batches[ones][here[0]]])
+            keys = self.keys(to, np.concatenate([there[1], here[1]]))
+            good[pairs[_within(present, keys)]] = False
+            added.append((pairs, keys))
+        keep = good.copy()
+        for pairs, keys in added:
+            mine = np.flatnonzero(good[pairs])
+            mine = mine[np.argsort(pairs[mine], kind="stable")]
+            keep[pairs[mine[~_first(keys[mine])]]] = False
         ones, others = ones[keep], others[keep]
-        for values in (self.order, *self.codes):
+        for values in (self.order, self._rows):
             values[ones], values[others] = values[others], values[ones]
         self.moved[ones] = self.moved[others] = True
         return len(ones)
 
     def search(self, place: int) -> bool:
         """Try every partner of one place."""
-        good = self.batches != self.batches[place]
-        for rule, codes in enumerate(self.codes):
+        own = self.batches[place]
+        good = self.batches != own
+        for rule in self.rules:
             present = self.present(rule)
-            there = self.keys(self.batches, np.broadcast_to(codes[place], codes.shape))
-            here = self.keys(np.broadcast_to(self.batches[place], codes.shape), codes)
-            good &= ~_within(present, there) & ~_within(present, here)
+            for code in self.read(rule, np.array([place]))[1].tolist():
+                there = self.keys(np.arange(self.num_batches), code)
+                good &= ~_within(present, there)[self.batches]
+            owners, codes = self.read(rule, np.arange(len(self.order)))
+            good[owners[_within(present, self.keys(own, codes))]] = False
         partners = np.flatnonzero(good)
         return bool(len(partners) and self.exchange(np.array([place]), partners[:1]))
 
@@ -155,12 +184,12 @@ def _rebound(layout: Layout, places: _Places) -> Layout:
     return Layout(places.order[sequence], bounds, layout.torn)
 
 
-def _codes(values: Int64s, held: Int64s, nothing: int) -> tuple[Int64s, Int64s]:
-    """Values as numbers from 0 on, -1 for `nothing`, of places and of what is held already."""
-    both = np.concatenate([values, held])
-    codes = np.unique(both, return_inverse=True)[1].astype(np.int64)
-    codes[both == nothing] = -1
-    return codes[: len(values)].copy(), codes[len(values) :]
+def _code(rule: Rule, order: Int64s, held: Int64s) -> tuple[LabelLists, Int64s]:
+    """Values as numbers from 0 on, of each place and of what is held already."""
+    counts, values = rule.of(order)
+    codes = np.unique(np.concatenate([values, rule.of(held)[1]]), return_inverse=True)[1]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return LabelLists(offsets, codes[: len(values)].astype(np.int32)), codes[len(values) :]
 
 
 def _first(values: Int64s) -> Bools:
@@ -174,4 +203,4 @@ def _within(present: Int64s, keys: Int64s) -> Bools:
     if not len(present):
         return np.zeros(len(keys), np.bool_)
     found = np.searchsorted(present, keys).clip(max=len(present) - 1)
-    return (present[found] == keys) & (keys >= 0)
+    return present[found] == keys

@@ -4,7 +4,7 @@ Up to `EXACT` rows every pair is looked at. Above, the rows are cut into cells o
 trees with different seeds, pairs inside a cell are looked at, and the two lists are merged: a
 neighbour across a border of one tree is mostly inside a cell of the other. Each cell is searched by
 one thread, so that the lists are the same at any number of threads. Memory: 28 bytes a row and
-neighbour.
+neighbour; where rows have labels that keep them apart, some 100 MB a thread beside.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.label_lists import LabelLists
 from data.negatives.layout import SHUFFLE_ROWS, BatchShape, Layout, shuffled, spread
 from data.negatives.store import unit_rows
 from data.negatives.tree import Rows, Work, balanced_clusters, pieces, read_rows
@@ -22,6 +23,7 @@ Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 
 EXACT = 1 << 14
+_BLOCK = 256  # rows whose cosines with a whole cell are looked at together
 CELL_ROWS = 1 << 12
 _TREES = 2
 _CELLS, _DRAWN = 40, 41  # what a key is for
@@ -33,6 +35,8 @@ def nearest(
     num: int,
     seed: int,
     work: Work,
+    *,
+    labels: LabelLists | None = None,  # (N rows) those that share one are no neighbours
 ) -> Int32s:  # (n, num) places in `ids`, the nearest first, equal ones by id; -1: no more
     """Neighbours of each id among `ids` by cosine, itself left out."""
     num_trees = 1 if len(ids) <= EXACT else _TREES
@@ -47,7 +51,11 @@ def nearest(
 
         def search(cell: int, cells: Any = cells, order: Int64s = order) -> Int64s:
             mine = order[cells.bounds[cell] : cells.bounds[cell + 1]]
-            found, scores = _search_cell(read_rows(rows, ids[mine]), num)
+            own = unit_rows(read_rows(rows, ids[mine]))
+            if labels is None:
+                found, scores = _search_cell(own, num)
+            else:
+                found, scores = _search_apart(own, num, labels.of(ids[mine]))
             found = np.where(found >= 0, mine[found], -1)
             places[mine], cosines[mine] = _merge(
                 np.concatenate([places[mine], found], axis=1),
@@ -69,12 +77,32 @@ def _search_cell(rows: NDArray[np.float32], num: int) -> tuple[Int64s, NDArray[n
     import faiss  # here: training processes that only read plans need no second OpenMP runtime
 
     faiss.omp_set_num_threads(1)  # of this thread alone
-    rows = unit_rows(rows)
     count = min(num + 1, len(rows))
     scores, found = faiss.knn(rows, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
     found = found.astype(np.int64)
     own = found == np.arange(len(rows))[:, None]
     return np.where(own, -1, found), np.where(own, -np.inf, scores).astype(np.float32)
+
+
+def _search_apart(
+    rows: NDArray[np.float32], num: int, labels: LabelLists
+) -> tuple[Int64s, NDArray[np.float32]]:
+    """As `_search_cell`, of rows that share no label with the row."""
+    count = min(num, len(rows))
+    members = labels.transposed(labels.num_labels)
+    found = np.empty((len(rows), count), np.int64)
+    scores = np.empty((len(rows), count), np.float32)
+    for start in range(0, len(rows), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(rows)))
+        cosines = rows[block] @ rows.T
+        cosines[np.arange(len(block)), block] = -np.inf
+        own = labels.of(block)
+        alike = members.of(own.ids.astype(np.int64))
+        owners = np.repeat(np.repeat(np.arange(len(block)), own.counts), alike.counts)
+        cosines[owners, alike.ids] = -np.inf
+        best = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+        found[block], scores[block] = best, np.take_along_axis(cosines, best, axis=1)
+    return np.where(np.isfinite(scores), found, -1), scores
 
 
 def _merge(

@@ -92,10 +92,12 @@ def _greedy(
 ) -> Layout:
     knobs, seed = affinity.knobs, affinity.seed
     width = min(knobs.skip_nearest + 2 * knobs.neighbours, max(1, len(ids) - 1))
-    lists = nearest(rows, ids, width, seed, affinity.work)[:, knobs.skip_nearest :]
-    labels = None
+    labels = apart = None
     if "label" in knobs.unique:
-        labels = affinity.columns.need("labels", 'negatives.unique = ["label"]')[ids]
+        apart = affinity.columns.lists if affinity.columns.labels is None else None
+        if apart is None:
+            labels = affinity.columns.need("labels", 'negatives.unique = ["label"]')[ids]
+    lists = nearest(rows, ids, width, seed, affinity.work, labels=apart)[:, knobs.skip_nearest :]
     companions = choose_companions(lists, knobs.neighbours, seed)
     return pack_greedily(ids, companions, labels, loose, shape, seed)
 
@@ -116,9 +118,7 @@ def _topics(
     topics = balanced_clusters(rows, size, seed, ids=whole, work=affinity.work)
     margins = affinity.columns.margins
     values = margins[topics.order] if margins is not None else _spread_margins(rows, topics)
-    low, high = float(values.min()), float(values.max())
-    width = (high - low) / knobs.margin_bins or 1.0
-    bins = np.minimum((values - low) / width, knobs.margin_bins - 1).astype(np.int64)
+    bins = _margin_bins(values, knobs.margin_bins)
     topic = np.repeat(np.arange(len(topics.bounds) - 1), np.diff(topics.bounds))
     sequence = np.lexsort([keyed_words(topics.order, seed, _DEALT), bins, topic])
     # Dealing a sorted topic in turn gives each of its batches its share of every bin.
@@ -131,6 +131,17 @@ def _topics(
     bounds = np.concatenate([[0], np.cumsum(np.bincount(hand))]).astype(np.int64)
     clusters = Clusters(topics.order[sequence][dealt], bounds)
     return lay_out(clusters, np.concatenate([loose, left]), shape, seed)
+
+
+def _margin_bins(values: NDArray[np.float32], num: int) -> Int64s:  # (n,) -> (n,)
+    """Bins of equal width; a margin that is not known, NaN, is in one of its own after them."""
+    known = np.isfinite(values)
+    bins = np.full(len(values), num, np.int64)
+    if known.any():
+        low, high = float(values[known].min()), float(values[known].max())
+        width = (high - low) / num or 1.0
+        bins[known] = np.minimum((values[known] - low) / width, num - 1)
+    return bins
 
 
 def _spread_margins(rows: Rows, topics: Clusters) -> NDArray[np.float32]:  # (n,)

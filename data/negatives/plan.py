@@ -90,8 +90,10 @@ class BatchPlan:
     order: Int64s  # (n,) each sample once
     bounds: Int64s  # (k + 1,) rows between two bounds are of one cluster and one batch
     header: PlanHeader
-    negatives: Int64s | None = None  # (n, h) samples to be seen as negatives beside; -1: none
-    row_weights: NDArray[np.float32] | None = None  # (n,)
+    negatives: NDArray[np.signedinteger[Any]] | None = None
+    """(n, h) samples to be seen as negatives beside; -1: none."""
+    row_weights: NDArray[np.float32] | None = None
+    """(n,) what the samples' losses are multiplied by."""
 
     def clusters_at(self, places: Int64s) -> Int64s:
         """Number of the cluster that each place is of."""

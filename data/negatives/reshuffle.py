@@ -4,6 +4,7 @@ For epochs between two plans, and where a plan comes too late for some of its sa
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ def reshuffle_plan(
 ) -> BatchPlan:
     """A plan of `ids` by the clusters of `plan`; what it does not have is laid at random.
 
-    A pure function; `salt` tells two of one version apart. Raises DataError for a negative id.
+    Samples keep the explicit negatives that they have there. A pure function; `salt` tells two of
+    one version apart. Raises DataError for a negative id.
     """
     if len(ids) and ids.min() < 0:
         raise DataError(f"sample {ids.min()} is to be planned: ids count from 0")
@@ -61,4 +63,18 @@ def reshuffle_plan(
         num_left_over=(shape.num_rows - shape.lead) % shape.batch_size,
         sha256="",
     )
-    return BatchPlan(layout.order, layout.bounds, header)
+    negatives = None if plan.negatives is None else _by_place(plan, layout.order, size)
+    return BatchPlan(layout.order, layout.bounds, header, negatives)
+
+
+def _by_place(
+    plan: BatchPlan,
+    order: Int64s,  # (n,)
+    size: int,  # above all ids
+) -> NDArray[np.signedinteger[Any]]:  # (n, h)
+    """The plan's explicit negatives for another order of samples, -1 for those it does not have."""
+    places = np.full(size, -1, np.int64)
+    places[plan.order] = np.arange(len(plan.order))
+    found = np.asarray(plan.negatives)[places[order]]
+    found[places[order] < 0] = -1
+    return found

@@ -46,12 +46,15 @@ class Plan:
         """Label texts that a rank embeds in a step; 0: none."""
         if not self.config.has_labels or self.config.labels.rows != "texts":
             return 0
-        return self.rows if self.config.labels.over == "batch" else self.share_of_classes
+        if self.config.labels.over == "all":
+            return self.share_of_classes
+        brought = self.rows * (1 + self.config.negatives.explicit)
+        return max(self.rows, min(brought, self.num_classes))
 
     @property
     def num_chunks(self) -> int:
         """Passes of the towers over a rank's inputs, as `trainer.train` cuts them."""
-        longest = max(self.rows, self.label_rows if self.config.labels.over == "all" else 0)
+        longest = max(self.rows, self.label_rows)
         chunks = -(-longest // (self.config.train.chunk_size or longest))
         if longest == self.rows:
             chunks = min(chunks, self.config.train.global_batch_size // self.world_size)

@@ -21,6 +21,7 @@ def decoupled_loss(
     group: ProcessGroup | None = None,
     *,
     drawn: Tensor | None = None,  # (n,) int the one positive that pulls, -1: none; None: all
+    row_weights: Tensor | None = None,  # (n,) of the queries' losses; None: all 1
     labels_are_parts: bool = False,
     tile: int | None = None,
 ) -> Tensor:  # () this rank's mean over its n queries
@@ -33,7 +34,8 @@ def decoupled_loss(
     several rows have counts once, by the first row in the order of the ranks; the others are masked
     and get no gradient. A query without a positive among all ranks' rows adds 0 and stays in the
     divisor. A rank returns W/N times the sum over its own queries, its mean where all ranks hold
-    equally many; so the mean over ranks is the loss of the global batch.
+    equally many; so the mean over ranks is the loss of the global batch. `row_weights` multiply the
+    queries' terms; the divisor stays N.
 
     Gradients of queries and scale are to be averaged over ranks, and so are those of label rows, be
     they a tower's outputs. With `labels_are_parts`, rows owned by this rank alone, theirs is that
@@ -46,7 +48,7 @@ def decoupled_loss(
     needed = needs_gradient(*inputs)
     with plain_arithmetic(queries.device):
         listed = list_pairs(
-            Inputs(queries, labels, scale, positives, label_ids, drawn),
+            Inputs(queries, labels, scale, positives, label_ids, drawn, row_weights),
             group,
             labels_are_parts=labels_are_parts,
             tile=tile,

@@ -16,6 +16,7 @@ def info_nce_loss(
     group: ProcessGroup | None = None,
     *,
     drawn: Tensor | None = None,  # (n,) int the positive of each query, -1: none
+    row_weights: Tensor | None = None,  # (n,) of the queries' losses; None: all 1
     labels_are_parts: bool = False,
     tile: int | None = None,
 ) -> Tensor:  # () this rank's mean over its n queries
@@ -34,6 +35,7 @@ def info_nce_loss(
         label_ids,
         group,
         drawn=drawn,
+        row_weights=row_weights,
         labels_are_parts=labels_are_parts,
         tile=tile,
     )

@@ -34,10 +34,11 @@ class Inputs(NamedTuple):
     positives: Positives
     label_ids: Tensor  # (m,) int
     drawn: Tensor | None  # (n,) int, -1: none
+    row_weights: Tensor | None = None  # (n,) of the queries' losses, none below 0; None: all 1
 
     def check(self) -> None:
         """Raise ValueError for what this rank can see alone."""
-        queries, labels, _, (offsets, ids), _, _ = self
+        queries, labels, _, (offsets, ids), *_ = self
         check_rows(queries=queries)
         check_rows(labels=labels)
         if queries.shape[1] != labels.shape[1]:
@@ -46,6 +47,8 @@ class Inputs(NamedTuple):
         check_scalar("scale", self.scale)
         check_per_row("label_ids", self.label_ids, labels)
         check_per_row("drawn", self.drawn, queries)
+        if self.row_weights is not None and len(self.row_weights) != len(queries):
+            raise ValueError(f"{len(self.row_weights)} row_weights for {len(queries)} queries")
         check_per_row("positives.labels", ids, ids)
         check_per_row("positives.offsets", offsets, offsets)
         right = len(offsets) == len(queries) + 1 and int(offsets[0]) == 0
@@ -87,6 +90,8 @@ class Listed:
     num_rows: int
     """m."""
     labels_are_parts: bool
+    row_weights: Tensor | None
+    """(N,) what each query's loss is multiplied by; None: 1."""
 
     @property
     def share(self) -> float:
@@ -108,16 +113,24 @@ class Listed:
         return by_query[self.positives.columns]
 
     def mean_over_positives(self, terms: Tensor) -> Tensor:  # (p, ...) -> (N, ...)
-        """The mean over each query's drawn positives on all ranks; 0 for a query without any."""
+        """The mean over each query's drawn positives on all ranks, 0 for a query without any, times
+        the query's weight: so weights reach values and pair weights alike.
+        """
         weights = self.drawn / self.per_positive(self.num_positives.clamp(min=1))
         sums = terms.new_zeros(self.pairs.num_columns, *terms.shape[1:])
         weighted = terms * weights.view(-1, *[1] * (terms.ndim - 1))
         sums.index_add_(0, self.positives.columns, weighted)
-        return self.pairs.merge_columns(sums, lambda shares: shares.sum(0))
+        merged = self.pairs.merge_columns(sums, lambda shares: shares.sum(0))
+        if self.row_weights is None:
+            return merged
+        return merged * self.row_weights.view(-1, *[1] * (terms.ndim - 1))
 
     def pulls(self, slopes: Tensor) -> Tensor:  # (p,) -> (p,)
-        """The share of each positive's slope in its query's loss; 0 where it is not drawn."""
-        return slopes * self.drawn / self.per_positive(self.num_positives.clamp(min=1))
+        """The share of each positive's slope in its query's loss, times the query's weight; 0 where
+        it is not drawn.
+        """
+        shares = slopes * self.drawn / self.per_positive(self.num_positives.clamp(min=1))
+        return shares if self.row_weights is None else shares * self.per_positive(self.row_weights)
 
     def gradients(
         self,
@@ -164,7 +177,7 @@ def list_pairs(
 ) -> Listed:
     """Check the inputs, bring them to the dtype of computation and find the positives' places."""
     inputs.check()
-    queries, labels, scale, positives, label_ids, drawn = inputs
+    queries, labels, scale, positives, label_ids, drawn, row_weights = inputs
     device = queries.device
     dtype = torch.promote_types(torch.promote_types(queries.dtype, labels.dtype), torch.float32)
     known = _know_labels(label_ids.to(device), group)
@@ -194,6 +207,7 @@ def list_pairs(
         kept=kept,
         num_rows=len(labels),
         labels_are_parts=labels_are_parts,
+        row_weights=None if row_weights is None else pairs.gather(row_weights.to(device, dtype)),
     )
 
 

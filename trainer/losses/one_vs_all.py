@@ -19,6 +19,7 @@ def one_vs_all_loss(
     label_ids: Tensor,  # (m,) int global ids of the label rows
     group: ProcessGroup | None = None,
     *,
+    row_weights: Tensor | None = None,  # (n,) of the queries' losses; None: all 1
     labels_are_parts: bool = False,
     tile: int | None = None,
 ) -> Tensor:  # () this rank's mean over its n queries
@@ -27,15 +28,15 @@ def one_vs_all_loss(
     Jain et al. 2023 (Renee), MLSys; the sum over labels, not their mean, as in `siglip_loss`: with
     L labels a bias of about -log L starts it near the labels' rarity. A query without a positive
     adds 0, as in `decoupled_loss`, which also says what is masked, how gradients are to be
-    averaged, and what `labels_are_parts` does. There is no normaliser, so value and gradients come
-    from one sweep: 6 N L d / W FLOPs.
+    averaged, and what `row_weights` and `labels_are_parts` do. There is no normaliser, so value and
+    gradients come from one sweep: 6 N L d / W FLOPs.
     """
     scalars = () if bias is None else (bias,)
     inputs = (queries, labels, scale, *scalars)
     needed = needs_gradient(*inputs)
     with plain_arithmetic(queries.device):
         listed = list_pairs(
-            Inputs(queries, labels, scale, positives, label_ids, None),
+            Inputs(queries, labels, scale, positives, label_ids, None, row_weights),
             group,
             labels_are_parts=labels_are_parts,
             tile=tile,
@@ -43,6 +44,8 @@ def one_vs_all_loss(
         )
         pairs, shift = listed.pairs, _number(bias)
         asked = (listed.num_positives > 0).to(pairs.dtype)
+        if listed.row_weights is not None:
+            asked *= listed.row_weights
         losses, slopes = pairs.new_columns(0.0), pairs.new_columns(0.0)
 
         def measure(now: Tile) -> Tensor:

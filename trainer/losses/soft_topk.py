@@ -29,6 +29,7 @@ def soft_topk_loss(  # noqa: PLR0913 - a loss's inputs, and its own options
     k: int = 0,  # 0: as many as the query has positives
     alpha: float = 2.0,
     drawn: Tensor | None = None,  # (n,) int the one positive that pulls, -1: none; None: all
+    row_weights: Tensor | None = None,  # (n,) of the queries' losses; None: all 1
     labels_are_parts: bool = False,
     tile: int | None = None,
 ) -> Tensor:  # () this rank's mean over its n queries
@@ -38,9 +39,9 @@ def soft_topk_loss(  # noqa: PLR0913 - a loss's inputs, and its own options
     = k, s = scale * cosine, and is differentiated implicitly. Positives that are not `drawn` are no
     labels of the query at all. With k = 0 a query whose labels are all positives adds 0.
 
-    Ranks, masks, gradients and `labels_are_parts` as in `decoupled_loss`. The root takes a few
-    sweeps, each with two numbers a query over ranks; where tiles are not kept each is a product of
-    2 N L d / W FLOPs. Raises ValueError unless k is below the number of labels that count.
+    Ranks, masks, weights, gradients and `labels_are_parts` as in `decoupled_loss`. The root takes a
+    few sweeps, each with two numbers a query over ranks; where tiles are not kept each is a product
+    of 2 N L d / W FLOPs. Raises ValueError unless k is below the number of labels that count.
     """
     if k < 0:
         raise ValueError(f"k={k}: give the number of labels to be ranked first, or 0")
@@ -50,7 +51,7 @@ def soft_topk_loss(  # noqa: PLR0913 - a loss's inputs, and its own options
     needed = needs_gradient(*inputs)
     with plain_arithmetic(queries.device):
         listed = list_pairs(
-            Inputs(queries, labels, scale, positives, label_ids, drawn),
+            Inputs(queries, labels, scale, positives, label_ids, drawn, row_weights),
             group,
             labels_are_parts=labels_are_parts,
             tile=tile,

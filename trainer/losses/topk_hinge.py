@@ -25,6 +25,7 @@ def topk_hinge_loss(  # noqa: PLR0913 - a loss's inputs, and its own options
     k: int = 10,
     softmax_temperature: float | None = None,
     drawn: Tensor | None = None,  # (n,) int the one positive that pulls, -1: none; None: all
+    row_weights: Tensor | None = None,  # (n,) of the queries' losses; None: all 1
     labels_are_parts: bool = False,
     tile: int | None = None,
 ) -> Tensor:  # () this rank's mean over its n queries
@@ -39,8 +40,8 @@ def topk_hinge_loss(  # noqa: PLR0913 - a loss's inputs, and its own options
     With `softmax_temperature` the terms are weighed, instead of by 1/k, by a softmax over the k of
     s_negative / temperature, 0 for those that violate nothing; no gradient goes through weights.
 
-    Ranks, masks, gradients and `labels_are_parts` as in `decoupled_loss`. One sweep, 2 N L d / W
-    FLOPs: gradients have k + 1 pairs a query. Ranks exchange O(N k) numbers.
+    Ranks, masks, weights, gradients and `labels_are_parts` as in `decoupled_loss`. One sweep,
+    2 N L d / W FLOPs: gradients have k + 1 pairs a query. Ranks exchange O(N k) numbers.
     """
     if k < 1:
         raise ValueError(f"k={k}: give the number of hardest negatives, at least 1")
@@ -50,7 +51,7 @@ def topk_hinge_loss(  # noqa: PLR0913 - a loss's inputs, and its own options
     needed = needs_gradient(*inputs)
     with plain_arithmetic(queries.device):
         listed = list_pairs(
-            Inputs(queries, labels, scale, positives, label_ids, drawn),
+            Inputs(queries, labels, scale, positives, label_ids, drawn, row_weights),
             group,
             labels_are_parts=labels_are_parts,
             tile=tile,

@@ -25,7 +25,7 @@ from trainer.hardness import Hardness
 from trainer.models.texts import TextModel
 from trainer.models.texts.build import restore_text_model
 from trainer.models.texts.label_texts import LabelTokens, embed_labels, tokenize_labels
-from trainer.objectives.labels import LabelObjective
+from trainer.objectives.labels import LabelData, LabelObjective
 from trainer.ranks import Ranks
 
 
@@ -45,8 +45,8 @@ def build_label_objective(
     lists, table = load_labels(config, samples)
     part = Part.of_rank(table.num_labels, ranks.rank, ranks.world_size)
     side = _build_side(config, model, table, part, ranks, draw=draw)
-    digest = _digest(table)
-    return LabelObjective(config, model, engine, ranks, lists, part, digest, side, hardness)
+    data = LabelData(lists, part, _digest(table), samples.planned)
+    return LabelObjective(config, model, engine, ranks, data, side, hardness)
 
 
 def load_labels(config: Config, samples: SampleSet) -> tuple[LabelLists, LabelTable]:

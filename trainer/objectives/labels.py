@@ -1,8 +1,8 @@
 """Texts against their labels: label texts that a tower embeds, or a classifier row for each label.
 
-In a step a query meets the labels of the global batch, or all there are. Which these are, and which
-positive is drawn, are functions of the seed and of places in the run; so nothing depends on how
-many ranks there are.
+In a step a query meets the labels of the global batch, or all there are. Which these are, which
+positive is drawn, and which label of an explicit negative, are functions of the seed and of places
+in the run; so nothing depends on how many ranks there are.
 """
 
 import json
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.label_lists import LabelLists
 from data.loader import Batch
 from data.order import derive_key
+from data.planned_order import PlannedOrder
 from trainer.centers.files import load_state, state_files
 from trainer.centers.label_rows import LabelRows
 from trainer.centers.parts import Part
@@ -42,8 +44,17 @@ from trainer.ranks import Ranks
 
 LABELS = "labels.json"  # in a checkpoint
 MARGIN, HARDEST = 0.3, 10  # of topk_hinge, as NGAME publishes it
-_DRAW = 22  # what the key is for
+_DRAW, _DRAW_NEGATIVE = 22, 23  # what a key is for
 _OF_LABELS = 1 << 62  # beyond any position of a sample: keys of labels' dropout
+
+
+class LabelData(NamedTuple):
+    """What is known of a run's labels and of who has them."""
+
+    lists: LabelLists  # by sample id
+    part: Part  # of all labels, this rank's
+    digest: str  # of all labels' texts
+    planned: PlannedOrder | None = None  # whose plans may hold explicit negatives and weights
 
 
 class Asked(NamedTuple):
@@ -67,21 +78,22 @@ class LabelObjective:
         model: TextModel,
         engine: Engine,
         ranks: Ranks,
-        lists: LabelLists,  # by sample id
-        part: Part,  # of all labels, this rank's
-        digest: str,  # of all labels' texts
+        data: LabelData,
         side: LabelTokens | LabelRows,  # label texts, of all labels that may come, or classifiers
         hardness: Hardness,
     ) -> None:
         self._config, self._model, self._engine, self._ranks = config.loss, model, engine, ranks
-        self._lists, self._part, self._hardness = lists, part, hardness
-        self._facts: dict[str, Any] = {"num_labels": part.num_classes, "texts": digest}
+        self._lists, self._part, self._planned = data.lists, data.part, data.planned
+        self._hardness = hardness
+        self._facts: dict[str, Any] = {"num_labels": data.part.num_classes, "texts": data.digest}
         self._tokens = side if isinstance(side, LabelTokens) else None
         self.rows = side if isinstance(side, LabelRows) else None
         self._over_all = config.labels.over == "all"
         self._label_dropout = config.model.label_dropout
         self._seed, self._batch_size = config.train.seed, config.train.global_batch_size
-        self._own_labels = torch.arange(part.start, part.stop)
+        self._explicit = config.negatives.explicit
+        self._is_weighted = bool(config.negatives.weights)
+        self._own_labels = torch.arange(data.part.start, data.part.stop)
         self._squared_norm, self._unlabelled = 0.0, 0
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -91,9 +103,12 @@ class LabelObjective:
         return batch.texts, self._tokens.of(ids), self._label_keys(batch, ids)
 
     def most_rows(self, num_samples: int) -> int:
-        """With all labels a rank's part of them is an input too."""
-        if self._tokens is None or not self._over_all:
+        """Label texts are inputs too: a rank's part of all, or those that its samples bring."""
+        if self._tokens is None:
             return num_samples
+        if not self._over_all:
+            brought = num_samples * (1 + self._explicit)
+            return max(num_samples, min(brought, self._part.num_classes))
         world_size = self._ranks.world_size
         return max(num_samples, -(-self._part.num_classes // world_size))
 
@@ -110,10 +125,18 @@ class LabelObjective:
         ids = ids.to(queries.device)
         if self._hardness.is_due(step):
             self._measure(batch, step, queries, scale, asked, Keyed(ids, labels.__getitem__))
-        group, parts = self._ranks.group, self.rows is not None
+        group, parts, weights = self._ranks.group, self.rows is not None, self._row_weights(batch)
         if bias is not None:
             return one_vs_all_loss(
-                queries, labels, scale, bias, asked.positives, ids, group, labels_are_parts=parts
+                queries,
+                labels,
+                scale,
+                bias,
+                asked.positives,
+                ids,
+                group,
+                row_weights=weights,
+                labels_are_parts=parts,
             )
         if self._config.name == "topk_hinge":  # its margin is one of cosines
             scale = torch.ones_like(scale)
@@ -125,6 +148,7 @@ class LabelObjective:
             ids,
             group,
             drawn=asked.drawn,
+            row_weights=weights,
             labels_are_parts=parts,
         )
 
@@ -177,18 +201,29 @@ class LabelObjective:
         positives = Positives(torch.from_numpy(lists.offsets), ids)
         if self._over_all or self.rows is not None:
             return Asked(positives, None, self._own_labels)
-        drawn = self._draw(batch, lists)
-        return Asked(positives, drawn, drawn[drawn >= 0].unique())
+        drawn = _draw(lists, derive_key(self._seed, _DRAW, batch.positions.numpy()))
+        labels = torch.cat([drawn, self._draw_negatives(batch)])
+        return Asked(positives, drawn, labels[labels >= 0].unique())
 
-    def _draw(self, batch: Batch, lists: LabelLists) -> Tensor:  # (n,)
-        """A positive of each query, -1 where it has none: a function of the seed and its place."""
-        counts = lists.counts
-        keys = derive_key(self._seed, _DRAW, batch.positions.numpy())
-        turns = (keys % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
-        drawn = np.full(len(counts), -1, np.int64)
-        some = counts > 0
-        drawn[some] = lists.ids[lists.offsets[:-1][some] + turns[some]]
-        return torch.from_numpy(drawn)
+    def _draw_negatives(self, batch: Batch) -> Tensor:  # (s,)
+        """A label of each explicit negative that the batch's plan names.
+
+        Every query of the global batch meets it; to one that has the label it is a positive that
+        was not drawn, and masked.
+        """
+        if self._planned is None or not self._explicit:
+            return torch.zeros(0, dtype=torch.int64)
+        positions = batch.positions.numpy()
+        samples = self._planned.negatives_of(positions)[:, : self._explicit]
+        rows, turns = np.nonzero(samples >= 0)
+        keys = derive_key(self._seed, _DRAW_NEGATIVE, positions[rows], turns)
+        return _draw(self._lists.of(samples[rows, turns]), keys)
+
+    def _row_weights(self, batch: Batch) -> Tensor | None:  # (n,)
+        """By the plans of the batch; all ranks have some or none, whatever their rows are of."""
+        if self._planned is None or not self._is_weighted:
+            return None
+        return torch.from_numpy(self._planned.weights_of(batch.positions.numpy()))
 
     def _label_keys(self, batch: Batch, ids: Tensor) -> Tensor:  # (m,) -> (m,)
         """Keys of dropout: by step and label, so that any rank would draw the same masks."""
@@ -225,6 +260,16 @@ class LabelObjective:
             drawn=None if asked.drawn is None else asked.drawn.to(queries.device),
             margin=_margin(self._config) if self._config.name == "topk_hinge" else 0.0,
         )
+
+
+def _draw(lists: LabelLists, keys: NDArray[np.uint64]) -> Tensor:  # (n,), (n,) -> (n,)
+    """A label of each row by its key, -1 where it has none."""
+    counts = lists.counts
+    turns = (keys % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
+    drawn = np.full(len(counts), -1, np.int64)
+    some = counts > 0
+    drawn[some] = lists.ids[lists.offsets[:-1][some] + turns[some]]
+    return torch.from_numpy(drawn)
 
 
 def _margin(config: LossConfig) -> float:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data.config import NegativesConfig
 from data.errors import DataError
 from data.negatives.columns import SampleColumns
+from data.negatives.mining import attach, mine_negatives
 from data.negatives.plan import BatchPlan, Head, PlanHeader, make_plan
 from data.negatives.reshuffle import reshuffle_plan
 from data.negatives.store import Snapshot
@@ -92,8 +93,14 @@ class PlanMaker:
         found = self.find(request)
         if found is not None:
             return found
+        plan = self._make(request, snapshot)
+        if self.columns.weights is not None:
+            plan = attach(plan, row_weights=self.columns.weights[plan.order])
+        return plan.save(self.folder / request.name).header
+
+    def _make(self, request: Request, snapshot: Snapshot | None) -> BatchPlan:
         if request.base is not None:
-            plan = reshuffle_plan(
+            return reshuffle_plan(
                 request.base,
                 request.ids,
                 version=request.version,
@@ -102,17 +109,27 @@ class PlanMaker:
                 head=request.head,
                 columns=self.columns,
             )
-        else:
-            plan = make_plan(
-                snapshot,
-                request.ids,
-                request.knobs,
-                seed=self.seed,
-                version=request.version,
-                batch_size=self.batch_size,
-                asked_step=request.asked_step,
-                head=request.head,
-                columns=self.columns,
-                work=Work(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // _CORES_A_THREAD))),
-            )
-        return plan.save(self.folder / request.name).header
+        work = Work(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // _CORES_A_THREAD)))
+        plan = make_plan(
+            snapshot,
+            request.ids,
+            request.knobs,
+            seed=self.seed,
+            version=request.version,
+            batch_size=self.batch_size,
+            asked_step=request.asked_step,
+            head=request.head,
+            columns=self.columns,
+            work=work,
+        )
+        if not request.knobs.explicit or snapshot is None:
+            return plan
+        negatives = mine_negatives(
+            plan,
+            snapshot,
+            request.knobs.explicit,
+            skip=request.knobs.skip_nearest,
+            labels=self.columns.lists,
+            work=work,
+        )
+        return attach(plan, negatives=negatives)

@@ -5,7 +5,8 @@ takes a copy of the store and makes the plan beside training (`background.py`, `
 ranks at once it becomes part of the order (`data/planned_order.py`), before the loader needs it: a
 batch of a plan that is not there yet is never asked for. Which decision fell where is in the table
 of segments, which every checkpoint holds with the store's rows (`stored.py`); a save waits for the
-plan under way. So a run that goes on from a checkpoint has the same batches, of the same files.
+plan under way. So a run that goes on from a checkpoint has the same batches, of the same files;
+those that no checkpoint needs are removed after a save (`prune.py`).
 """
 
 import logging
@@ -32,6 +33,7 @@ from trainer.objectives import Model
 from trainer.planning.background import Job
 from trainer.planning.feed import Feed
 from trainer.planning.maker import PlanMaker, Request
+from trainer.planning.prune import remove_old_plans
 from trainer.planning.schedule import Schedule, Switch
 from trainer.ranks import Ranks
 from trainer.step import StepOutput
@@ -118,6 +120,7 @@ class Planning:
                 self._samples,
                 self._negatives,
                 images_per_identity=self._config.data.images_per_identity,
+                has_lists=self._config.has_labels,
             ),
             self._samples.fingerprint,
         )
@@ -140,6 +143,15 @@ class Planning:
     def files(self) -> dict[str, Any]:
         """This rank's files of a checkpoint."""
         return self._feed.files()
+
+    def after_save(self, checkpoints: Path) -> None:
+        """Plans that none of the checkpoints needs any more go."""
+        if self._maker is None:
+            return
+        try:
+            remove_old_plans(self._folder, checkpoints, self._samples.num_samples)
+        except OSError as error:
+            logger.warning("plans that are needed no more stay until the next save: %s", error)
 
     def observe(self, step: int, numbers: Mapping[str, float]) -> None:
         """How hard a logged step was, for the controller; equal numbers on all ranks."""

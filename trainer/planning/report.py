@@ -14,7 +14,8 @@ def load_plans(run: Path, samples: SampleSet) -> None:
     """Give `samples` the order of a run's newest checkpoint.
 
     Raises ConfigError for a run or a configuration without planned batches, CheckpointError where
-    there is no whole checkpoint, DataError for plans that are torn or of other data.
+    there is no whole checkpoint, DataError for plans that it needs and that are torn or of other
+    data.
     """
     state = load_state(find_checkpoint(run))
     if samples.planned is None or not state.planning:
@@ -23,7 +24,7 @@ def load_plans(run: Path, samples: SampleSet) -> None:
             'config.toml, with data.batching = "planned"'
         )
     segments = [Segment(*segment) for segment in state.planning["segments"]]
-    samples.planned.start(run / "plans", segments)
+    samples.planned.start(run / "plans", segments, position=state.samples_seen)
 
 
 def describe_plans(samples: SampleSet, config: Config) -> Iterator[str]:
@@ -35,7 +36,11 @@ def describe_plans(samples: SampleSet, config: Config) -> Iterator[str]:
     for segment in planned.segments:
         stop = min(segment.stop, segment.start + samples.num_samples)
         first = -(-segment.start // batch) + 1
-        yield f"steps {first} to {stop // batch}: {_describe(samples, segment)}"
+        told = f"steps {first} to {stop // batch}"
+        if segment.plan and not (planned.folder / segment.plan).exists():
+            yield f"{told}: {segment.plan}, removed since: no checkpoint needs it"
+            continue
+        yield f"{told}: {_describe(samples, segment)}"
         if (first - 1) * batch + batch <= stop:
             start = segment.start
             yield f"  {measure_reading(samples, config.data, batch, start=start, stop=stop)}"
