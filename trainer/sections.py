@@ -259,7 +259,8 @@ class TrainConfig(Section):
     """Samples of a rank that pass the towers at once (cached embedding gradients); 0: all."""
     seed: int = 0
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
-    """bf16: autocast over float32 parameters; fp16: DeepSpeed's loss scaling, GPU only."""
+    """bf16: autocast over float32 parameters, but not on a CPU that would have to emulate it; fp16:
+    DeepSpeed's loss scaling, GPU only."""
     tf32: bool = True
     """Allow TF32 matrix products on NVIDIA GPUs where float32 is asked for."""
     max_skipped: int = Field(default=10, ge=0)

@@ -28,13 +28,14 @@ from trainer.models.batch_norm import make_batch_norm_global
 from trainer.objectives import Model, Objective, build_model, build_objective
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.planning import Planning, clusters_of
+from trainer.precision import AUTOCAST, autocast_dtype
 from trainer.ranks import Ranks
 from trainer.run import check_config, check_remote_config, log_to_file, open_run_together, remote_of
 from trainer.samples import check_fit, load_samples
 from trainer.saving import CheckpointFolder
 from trainer.step import Stepper
 from trainer.stragglers import StragglerWatch
-from trainer.validate import AUTOCAST, Evaluation, build_validation
+from trainer.validate import Evaluation, build_validation
 from trainer.watch import Progress, watching
 
 logger = logging.getLogger("nsphere.train")
@@ -83,6 +84,7 @@ def _train(
     stop: Callable[[], bool],
 ) -> bool:
     log_to_file(run, ranks.rank)
+    _tell_precision(config, ranks)
     samples = load_samples(config, ranks)
     check_fit(config, samples, ranks.world_size)
     plan = Plan.build(config, samples.epoch_samples)
@@ -134,6 +136,15 @@ def _train(
     finally:
         loader.close()
         writer.close()
+
+
+def _tell_precision(config: Config, ranks: Ranks) -> None:
+    precision = config.train.precision
+    if ranks.is_first and autocast_dtype(precision, ranks.device) != AUTOCAST[precision]:
+        logger.warning(
+            "train.precision = %r: this CPU has no bfloat16 arithmetic and would take 20 times as"
+            " long to emulate it: computing in float32", precision,
+        )  # fmt: skip
 
 
 def _open_checkpoints(
@@ -241,7 +252,7 @@ def _build_planning(
         model,
         ranks,
         total_steps=plan.total_steps,
-        autocast=AUTOCAST[config.train.precision],
+        autocast=autocast_dtype(config.train.precision, ranks.device),
     )
     planning.load(found, state.planning, state.samples_seen)
     return planning
@@ -262,7 +273,7 @@ def _build_stepper(
         seed=config.train.seed,
         num_chunks=num_chunks,
         device=ranks.device,
-        autocast_dtype=AUTOCAST[config.train.precision],
+        autocast_dtype=autocast_dtype(config.train.precision, ranks.device),
         clock=clock,
     )
 

@@ -28,11 +28,10 @@ from trainer.models.texts import TextModel
 from trainer.models.texts.build import restore_text_model
 from trainer.objectives import Model, Objective
 from trainer.objectives.labels import LabelObjective
+from trainer.precision import autocast_dtype
 from trainer.ranks import Ranks
 from trainer.samples import Progress
 from trainer.validate_labels import Classifiers, LabelValidation, open_label_set
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 Evaluation = Callable[[nn.Module], dict[str, float]]
 """The model as it is now -> its numbers; collective, the same on every rank."""
@@ -157,7 +156,7 @@ def build_validation(
         classifiers = lambda _part: rows.unit_rows()  # noqa: E731
     elif checkpoint is not None and config.labels.rows == "classifiers":
         classifiers = partial(read_label_rows, checkpoint)
-    autocast = AUTOCAST[config.train.precision]
+    autocast = autocast_dtype(config.train.precision, ranks.device)
     return LabelValidation.build(config, model, ranks, shards, autocast, classifiers)
 
 
@@ -209,7 +208,7 @@ class Validation:
                 self.tokenizer,
                 one.config,
                 self.ranks,
-                autocast=AUTOCAST[self.config.train.precision],
+                autocast=autocast_dtype(self.config.train.precision, self.ranks.device),
                 tables=one.tables,
                 curves=of_set,
             )

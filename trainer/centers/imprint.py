@@ -24,7 +24,7 @@ from trainer.centers.identities import Int64s, NameTable
 from trainer.centers.lengths import measure_lengths
 from trainer.config import Config, ConfigError
 from trainer.models.faces import FaceModel
-from trainer.validate import AUTOCAST
+from trainer.precision import autocast_dtype
 
 Progress = Callable[[int, int], None]
 
@@ -132,6 +132,6 @@ def _iter_images(
 
 
 def _embed(model: FaceModel, images: Tensor, config: Config) -> Tensor:
-    dtype = AUTOCAST[config.train.precision]
+    dtype = autocast_dtype(config.train.precision, images.device)
     with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         return model(images).rows.float()

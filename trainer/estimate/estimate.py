@@ -22,8 +22,8 @@ from trainer.estimate.state import EngineState, Towers
 from trainer.estimate.terms import Term, total
 from trainer.estimate.wire import Collective, loss_collectives, tower_collectives
 from trainer.objectives import Model, build_model
+from trainer.precision import autocast_dtype
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.bfloat16, "fp32": None}
 # Measured: what reading, tokenizers and oneDNN add to a rank's process in its first step, above the
 # imports (this process has made the same ones); and what glibc's heap wastes on activations.
 LIBRARIES = 100 * 2**20
@@ -153,7 +153,10 @@ def _build(config: Config, device: str) -> Model:
 def _measure(plan: Plan, model: Model, rows: int) -> Pass:
     """On few rows; a tower that looks at its data (word bags do) is really run."""
     labels = -(-plan.label_rows // plan.num_chunks)
-    autocast = AUTOCAST[plan.config.train.precision]
+    device = torch.device("cuda" if plan.machine.is_gpu else "cpu")
+    autocast = autocast_dtype(plan.config.train.precision, device)
+    if autocast == torch.float16:  # counted on a CPU, which has bfloat16 alone; as large
+        autocast = torch.bfloat16
     counts = [rows] if rows <= FEW_ROWS[1] else FEW_ROWS
     try:
         few = [

@@ -25,10 +25,8 @@ from trainer.objectives.centers import CenterObjective
 from trainer.objectives.label_sides import build_label_objective
 from trainer.objectives.objective import Model, Objective
 from trainer.objectives.pairs import PairObjective
+from trainer.precision import autocast_dtype
 from trainer.ranks import Ranks
-
-# Embeddings that come from bfloat16 towers have no more digits than this to lose on their way.
-WIRE = {"bf16": torch.bfloat16}
 
 
 def build_model(
@@ -69,7 +67,9 @@ def build_objective(
     """What `[loss]` says; raises ConfigError or DataError where the data does not fit it."""
     hardness = build_hardness(config, samples.epoch_samples, ranks.group, clusters_of)
     if isinstance(model, TwoTower):
-        wire = WIRE.get(config.train.precision)
+        # Embeddings of bfloat16 towers have no more digits than that to lose on their way.
+        dtype = autocast_dtype(config.train.precision, ranks.device)
+        wire = dtype if dtype == torch.bfloat16 else None
         return PairObjective(config.loss, model, engine, ranks, wire, hardness)
     if isinstance(model, TextModel):
         return build_label_objective(
