@@ -56,6 +56,8 @@ def write_identities(path: Path, rows: Iterable[tuple[int, str]]) -> None:
 
 def check_name(name: str, origin: str) -> str:
     """The name, if it can stand in the table; DataError otherwise."""
+    if not name.isprintable() and name.encode("utf-8", "replace").decode() != name:
+        raise DataError(f"{origin}: an identity is called {name!r}, which is no UTF-8: rename it")
     if name and name == name.strip() and not any(mark in name for mark in "\t\r\n"):
         return name
     raise DataError(

@@ -202,15 +202,32 @@ def test_samples_keep_positives_have_their_size_and_know_no_ranks(
     assert np.concatenate(found).tolist() == whole.classes.tolist()
     assert np.isin(positives, whole.classes).all()
     assert max(int(rate * num_classes), 0) <= len(whole.classes)
-    assert len(whole.classes) <= int(rate * num_classes) + len(positives)
+    assert len(whole.classes) <= int(rate * num_classes) + len(positives) + -(-num_classes // BLOCK)
     others = num_classes - len(positives)
     if num_classes <= BLOCK:
         assert len(whole.classes) - len(positives) >= int(rate * others) // 2
-    drawn = whole.log_weights > 0
-    if drawn.any() and num_classes <= BLOCK:  # the drawn stand for all others
-        assert np.exp(whole.log_weights[~np.isin(whole.classes, positives)]).sum() == (
-            pytest.approx(others)
+    # Those drawn stand for all others, in a last block of few classes too.
+    drawn = ~np.isin(whole.classes, positives)
+    assert np.exp(whole.log_weights[drawn]).sum() == pytest.approx(others)
+
+
+@pytest.mark.parametrize(("num_classes", "rate"), [(20, 0.1), (BLOCK + 1, 0.5)])
+def test_every_class_is_stood_for(num_classes, rate):
+    """Positives take all places of the rate, or the last block is too short for one."""
+    positives, steps = np.array([0, 3, 4, 5]), 300
+    weights = np.zeros(num_classes)
+    for step in range(steps):
+        sample = sample_classes(
+            Part(0, num_classes, num_classes), positives, rate, seed=1, step=step
         )
+        weights[sample.classes] += np.exp(sample.log_weights) / steps
+    assert weights[positives] == pytest.approx(1)
+    assert weights[-1] == pytest.approx(1, abs=0.9)
+    assert weights.sum() == pytest.approx(num_classes)
+    alone = sample_classes(
+        Part(0, num_classes, num_classes), positives, 1e-9, seed=1, step=0, weighed=False
+    )
+    assert alone.classes.tolist() == positives.tolist()
 
 
 def test_every_class_is_drawn_alike_and_pairs_too():

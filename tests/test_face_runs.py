@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ranks import run_ranks
-from tiny_faces import NUM_CLASSES, face_config
+from tiny_faces import NUM_CLASSES, face_config, write_faces
 from tiny_runs import read_losses, read_samples, train_rank
 
 STEPS, KILLED_AFTER = 9, 5
@@ -183,3 +183,7 @@ def test_what_does_not_fit_is_one_error_before_the_first_step(tmp_path):
     option = face_config(tmp_path, loss={"name": "cosface", "margin": None, "gradient": "detached"})
     (text,) = run_ranks(1, config_error, option, str(tmp_path / "b"))
     assert "gradient" in text
+    alone = write_faces(tmp_path / "alone", num_classes=1, each=24)
+    one = face_config(tmp_path, data={"shards": alone})
+    for text in run_ranks(2, config_error, one, str(tmp_path / "c")):
+        assert "has one identity, and a softmax needs at least 2" in text

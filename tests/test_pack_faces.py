@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_names_that_meet_in_a_key_are_kept_apart(tmp_path):
     assert sorted(samples_of(packed)) == ["a_b/x", "a_b_2/x", "a_b_2/x_2", "a_b_2/x_y"]
 
 
+def test_a_file_that_does_not_open_is_left_out(tmp_path):
+    face_folder(tmp_path / "in", {"a": 2})
+    (tmp_path / "in" / "a" / "zz.jpg").symlink_to(tmp_path / "gone.jpg")
+    packed = pack_identities(tmp_path / "in", tmp_path / "out")
+    assert packed.num_samples == 2
+    assert packed.left_out == (f"{tmp_path}/in/a/zz.jpg: No such file or directory",)
+
+
 def test_folders_that_do_not_fit_are_told(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         pack_identities(tmp_path / "none", tmp_path / "out")
@@ -153,6 +162,7 @@ def test_a_list_with_one_or_several_labels(tmp_path):
 @pytest.mark.parametrize(
     ("line", "text"),
     [
+        ("0 7 a/00.jpg", "line 1: .* is not index<TAB>label<TAB>path"),
         ("a/00.jpg\t7", "line 1: .* is not index<TAB>label<TAB>path"),
         ("0\tseven\ta/00.jpg", "line 1: .* is not index<TAB>label<TAB>path"),
         ("1\t/some/image.jpg\t17", "line 1: .* is not index<TAB>label<TAB>path"),
@@ -166,6 +176,37 @@ def test_lines_that_are_none_are_told(tmp_path, line, text):
     face_folder(tmp_path, {"a": 1})
     with pytest.raises(DataError, match=text):
         pack_lst(write_list(tmp_path, [line]), tmp_path / "out")
+
+
+def test_files_in_another_encoding_are_told(tmp_path):
+    face_folder(tmp_path, {"a": 1})
+    latin, row = "0\t1\té.jpg\n".encode("latin1"), "a/00.jpg,é\n".encode("latin1")
+    (tmp_path / "a.lst").write_bytes(latin)
+    with pytest.raises(DataError, match=r"a.lst: b'\\xe9' is no UTF-8: write the file anew"):
+        pack_lst(tmp_path / "a.lst", tmp_path / "out")
+    (tmp_path / "a.csv").write_bytes(b"image,who\n" + row)
+    options = {"image_column": "image", "identity_column": "who"}
+    with pytest.raises(DataError, match=r"a.csv: b'\\xe9' is no UTF-8: write the file anew"):
+        pack_face_table(tmp_path / "a.csv", tmp_path / "out", **options)
+    (tmp_path / "a.parquet").write_bytes(b"hello")
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read as Parquet: "):
+        pack_face_table(tmp_path / "a.parquet", tmp_path / "out", **options)
+    (tmp_path / "long.csv").write_text("image,who\na/00.jpg," + 140_000 * "x" + "\n")
+    with pytest.raises(DataError, match=r"long.csv line 1: field larger than field limit"):
+        pack_face_table(tmp_path / "long.csv", tmp_path / "out", **options)
+    folder = os.fsencode(tmp_path / "people") + b"/\xff"
+    os.makedirs(folder)
+    with open(folder + b"/a.jpg", "wb") as file:
+        file.write(picture(0))
+    with pytest.raises(DataError, match=r"called '\\udcff', which is no UTF-8: rename it"):
+        pack_identities(tmp_path / "people", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    face_folder(tmp_path / "in", {"a": 1})
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/out/000000.tar: cannot be written: Not a dir"):
+        pack_identities(tmp_path / "in", tmp_path / "file" / "out")
 
 
 def test_large_labels_of_a_list_are_exact(tmp_path):

@@ -174,6 +174,14 @@ def test_a_cut_file_is_told_before_any_work(tmp_path):
     )
 
 
+def test_a_cut_identity_record_costs_no_image(tmp_path):
+    images, labels = faces(20)
+    path = write_rec(tmp_path / "a.rec", face_records(images, labels))
+    path.write_bytes(path.read_bytes()[:-8])
+    packed = pack_rec(path, tmp_path / "out", allow_damage=True)
+    assert packed.num_samples == 20
+
+
 @pytest.mark.parametrize("order", ["file", "shuffled"])
 def test_damage_inside_is_an_error_or_costs_its_record_only(tmp_path, order):
     images, labels = faces(20)

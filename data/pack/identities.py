@@ -90,8 +90,9 @@ def _iter_samples(
     for name, key, path in images:
         try:
             part = image_part(path.read_bytes())
-        except DataError as error:
-            left_out.add(f"{path}: {error}")
+        except (DataError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            left_out.add(f"{path}: {why}")
         else:
             yield key, {**part, "cls": numbering.number(name, str(path))}
 

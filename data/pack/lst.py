@@ -9,6 +9,7 @@ from data.errors import DataError
 from data.pack.images import image_part
 from data.pack.limits import LIMITS, ShardLimits
 from data.pack.numbering import NAMING, LabelNumbering, Naming
+from data.pack.texts import utf8
 from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 _SCAN_BYTES = 1 << 20
@@ -59,8 +60,8 @@ def pack_lst(
 
 def parse_line(text: str, origin: str) -> Line:
     """Index, labels and path of a line. Raises DataError saying what is expected."""
-    first, *labels, last = text.rstrip("\r\n").split("\t")
     try:
+        first, *labels, last = text.rstrip("\r\n").split("\t")
         if not labels or not last:
             raise ValueError
         return Line(int(first), tuple(float(label) for label in labels), last)
@@ -74,7 +75,7 @@ def parse_line(text: str, origin: str) -> Line:
 def _iter_samples(
     path: Path, folder: Path, numbering: LabelNumbering, left_out: LeftOut
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file, utf8(path):
         for number, text in enumerate(file, start=1):
             if text.isspace():
                 continue

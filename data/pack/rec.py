@@ -188,7 +188,7 @@ def record_of(file: RecordFile, index: Path, key: int) -> ImageRecord | None:
     if offset is None or (offset >= file.size and file.allow_damage):
         return None
     record = next(file.iter_images(offset, offset + 4), None)
-    if record is None:
+    if record is None and not file.allow_damage:
         raise DataError(
             f"{index}: key {key} lies at byte {offset}, where {file.path} has no record: the index "
             "is another file's; delete it or take the right one"

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import DataError
 from data.pack.folder import plain_key
 from data.pack.images import image_part
 from data.pack.limits import MAX_BYTES, MAX_SAMPLES
+from data.pack.texts import utf8
 from data.pack.writer import LeftOut, Packed, Progress, pack_iterable
 
 Row = dict[str, Any]
@@ -77,14 +79,17 @@ def open_table(path: Path, wanted: Sequence[str]) -> tuple[int, Iterator[Row]]:
         raise DataError(f"{path}: no such table")
     ending = path.suffix.lower()
     if ending == ".parquet":
-        file = pq.ParquetFile(path)
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
         _check_columns(path, file.schema_arrow.names, wanted)
         batches = file.iter_batches(batch_size=256, columns=list(dict.fromkeys(wanted)))
         return file.metadata.num_rows, (row for batch in batches for row in batch.to_pylist())
     if ending not in (".csv", ".tsv"):
         raise DataError(f"{path}: a table is .csv, .tsv or .parquet")
     delimiter = "\t" if ending == ".tsv" else ","
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file, utf8(path):
         _check_columns(path, next(csv.reader(file, delimiter=delimiter), []), wanted)
     return 0, _iter_csv(path, delimiter)
 
@@ -96,8 +101,12 @@ def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) ->
 
 
 def _iter_csv(path: Path, delimiter: str) -> Iterator[Row]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file, delimiter=delimiter)
+    with path.open(newline="", encoding="utf-8-sig") as file, utf8(path):
+        rows = csv.DictReader(file, delimiter=delimiter)
+        try:
+            yield from rows
+        except csv.Error as error:
+            raise DataError(f"{path} line {rows.line_num}: {error}") from None
 
 
 def row_image(value: Any, folder: Path) -> dict[str, Any]:

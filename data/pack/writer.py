@@ -133,10 +133,13 @@ class _OpenShard:
         if os.path.exists(path):
             raise DataError(f"{path} exists; delete it or write under another name")
         folder, name = os.path.split(path)
-        os.makedirs(folder or ".", exist_ok=True)
         self.path, self._keys = path, keys
         self._draft = os.path.join(folder, f".{name}.{os.getpid()}.draft")
-        self._file: BinaryIO = open(self._draft, "wb")
+        try:
+            os.makedirs(folder or ".", exist_ok=True)
+            self._file: BinaryIO = open(self._draft, "wb")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written: {error.strerror}") from None
         self._rows = RowBuilder(keys)
         self._seen: set[str] = set()
 

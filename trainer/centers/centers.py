@@ -231,6 +231,7 @@ class ClassCenters:
             step=step,
             hard=hard,
             hard_share=self.config.hard_share,
+            weighed=self.config.correction,
         )
         places = np.where(here, np.searchsorted(sample.classes, labels - start), -1)
         log_weights = None

@@ -45,13 +45,14 @@ def sample_classes(
     step: int,
     hard: Int64s | None = None,  # (h,) distinct global classes, the most wanted first
     hard_share: float = 0.0,
+    weighed: bool = True,  # False: nobody reads `log_weights`, so none need be stood for
 ) -> Sample:
     """All positives, and of each block's other classes as many as `sample_rate` leaves room for.
 
     A block of n classes has floor(rate * its end) - floor(rate * its start) places, so that the
     whole is floor(rate * C). Where positives take most of them, the sample grows: none is dropped,
-    and no fewer random ones are drawn than half of the rate's share of the others, or nothing
-    would stand for these.
+    and no fewer random ones are drawn than half of the rate's share of the others, `weighed` one at
+    least, or nothing would stand for these.
     A random negative stands for (others / drawn) classes: the sum over sampled negatives of
     exp(log_weight) * f is an unbiased estimate of the sum of f over all (Horvitz and Thompson
     1952); hard ones are sure to be taken and stand for themselves.
@@ -64,7 +65,8 @@ def sample_classes(
         sure = positives[(positives >= first) & (positives < end)]
         if hard is not None and hard_share:
             sure = _with_hard(sure, hard, first, end, int(hard_share * (places - len(sure))))
-        count = max(places - len(sure), int(sample_rate * (end - first - len(sure))) // 2)
+        share = int(sample_rate * (end - first - len(sure))) // 2
+        count = max(places - len(sure), share, int(weighed))
         drawn = _draw(first, end, sure, count, seed, step)
         weight = np.log((end - first - len(sure)) / len(drawn)) if len(drawn) else 0.0
         classes = np.concatenate([sure, drawn])
@@ -86,8 +88,6 @@ def _with_hard(sure: Int64s, hard: Int64s, first: int, end: int, room: int) -> I
 
 def _draw(first: int, end: int, sure: Int64s, count: int, seed: int, step: int) -> Int64s:
     """`count` distinct classes of the block that are not sure anyway."""
-    if count <= 0:
-        return np.zeros(0, np.int64)
     # At most len(sure) of the permutation's first values are sure ones: enough are left.
     key = derive_key(seed, _NEGATIVES, step, first // BLOCK)
     size = end - first

@@ -16,7 +16,7 @@ from trainer.centers.start import (
     open_source,
     start_from,
 )
-from trainer.config import Config
+from trainer.config import Config, ConfigError
 from trainer.engine import Engine
 from trainer.hardness import ClustersOf, Hardness, build_hardness
 from trainer.models import FaceModel, TextModel, TwoTower, build_face_model, build_text_model
@@ -101,6 +101,12 @@ def _center_objective(
         rows = assign_rows_from(source, labels, num_labels)
     else:
         rows = assign_rows(labels, num_labels)
+    if rows.num_rows < 2:
+        raise ConfigError(
+            f"loss.name = {config.loss.name!r}: the training data has one identity, and a softmax "
+            "needs at least 2: give images of others too, or set data.label_key to the ending of "
+            "the label member"
+        )
     centers = ClassCenters(
         rows.num_rows,
         model.embed_dim,
