@@ -466,11 +466,11 @@ def test_bad_sections_are_one_clear_error(tmp_path):
     assert "negatives.controller and negatives.grow_at both set the cluster size" in told
 
 
-def test_damaged_plans_and_stores_are_one_clear_error(whole, tmp_path):
+def test_damaged_plans_come_from_the_checkpoint_and_damaged_stores_are_told(whole, tmp_path):
     config = planned_config(whole.parent, NEGATIVES)
 
     def resume(damage) -> str:
-        run = tmp_path / f"run-{damage.__name__}"
+        run = tmp_path / damage.__name__
         shutil.copytree(whole, run)
         newest = max((run / "checkpoints").glob("step-*"))
         shutil.rmtree(newest)  # so that there are steps to go
@@ -489,6 +489,14 @@ def test_damaged_plans_and_stores_are_one_clear_error(whole, tmp_path):
         shutil.rmtree(run / "plans" / "plan-000004")
         shutil.copytree(run / "plans" / "plan-000002", run / "plans" / "plan-000004")
 
+    def lose_all_plans(run: Path, _: Path) -> None:
+        shutil.rmtree(run / "plans")
+
+    def exchange_headers(_: Path, checkpoint: Path) -> None:
+        name = f"plans/{min((checkpoint / 'plans').glob('*.json')).name}"
+        header = json.loads((checkpoint / name).read_text())
+        replace_file(checkpoint, name, {**header, "asked_step": header["asked_step"] + 1})
+
     def other_store(_: Path, checkpoint: Path) -> None:
         replace_layout(checkpoint, fingerprint="0" * 32)
 
@@ -496,19 +504,34 @@ def test_damaged_plans_and_stores_are_one_clear_error(whole, tmp_path):
         part = checkpoint / "negatives" / "part-00000.safetensors"
         part.write_bytes(part.read_bytes()[:-10])
 
-    assert "plan-000004" in resume(tear_plan)
-    assert "plan-000004: no plan.json" in resume(lose_plan)
-    assert "plan-000004: holds the plan" in resume(swap_plan)
+    for damage in (tear_plan, lose_plan, swap_plan, lose_all_plans):
+        assert resume(damage) == ""
+        assert read_samples(tmp_path / damage.__name__) == read_samples(whole)
+    assert "the plan beside it is another one" in resume(exchange_headers)
     assert "its embeddings are of another run (fingerprint" in resume(other_store)
     assert resume(cut_store) == ""  # the checkpoint before it is whole, and is taken
 
 
+def test_a_checkpoint_that_comes_alone_brings_its_plans(whole, tmp_path):
+    newest = max((whole / "checkpoints").glob("step-*"))
+    before = max(path for path in newest.parent.glob("step-*") if path != newest)
+    run = tmp_path / "run"
+    shutil.copytree(before, run / "checkpoints" / before.name)
+    run_ranks(2, planned_rank, planned_config(whole.parent, NEGATIVES), str(run))
+    expected = read_samples(whole)
+    done = int(before.name.removeprefix("step-"))
+    assert read_samples(run) == {step: expected[step] for step in range(done + 1, STEPS + 1)}
+
+
 def replace_layout(checkpoint: Path, **changes) -> None:
-    path = checkpoint / "negatives" / "layout.json"
-    layout = {**json.loads(path.read_text()), **changes}
-    size, digest = write_file(path, layout)
+    layout = json.loads((checkpoint / "negatives" / "layout.json").read_text())
+    replace_file(checkpoint, "negatives/layout.json", {**layout, **changes})
+
+
+def replace_file(checkpoint: Path, name: str, content: object) -> None:
+    """With its entry in the manifest."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["negatives/layout.json"] = (size, digest)
+    manifest["files"][name] = write_file(checkpoint / name, content)
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -339,7 +339,7 @@ class Loop:
         files: dict[str, Any] = {**self.engine.files(), **self.objective.files()}
         if self.planning is not None:
             self.planning.before_save(state.step)
-            files |= self.planning.files()
+            files |= self.planning.files(state.step)
             state = replace(state, planning=self.planning.state())
         averages = self.average.whole() if self.average is not None else None
         if self.ranks.is_first:

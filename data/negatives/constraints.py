@@ -2,7 +2,8 @@
 
 A sample that meets its like in its batch changes places with one of another batch, where neither
 then meets its own. The partner is drawn, so clusters lose members only where they must. What has
-more samples than there are batches cannot be kept apart: what is left is counted, never dropped.
+more samples than there are batches cannot be kept apart: what is left is counted, never dropped. A
+sample that the first batch holds already comes later all the same, whatever else it then meets.
 """
 
 from collections.abc import Sequence
@@ -160,28 +161,38 @@ def keep_apart(
     if not rules.rules and not (shape.lead and len(rules.avoid)):
         return layout, 0
     places = _Places(layout.order, shape, rules)
+    _exchange_all(places, seed)
+    order, moved = places.order, places.moved
+    if rules.rules and shape.lead and len(rules.avoid):  # what can be kept apart always must be
+        alone = _Places(order, shape, Rules((), rules.avoid))
+        _exchange_all(alone, seed)
+        order, moved = alone.order, moved | alone.moved
+    layout = _rebound(layout, order, moved)
+    return layout, len(_Places(layout.order, shape, rules).conflicts())
+
+
+def _exchange_all(places: _Places, seed: int) -> None:
     bad, idle = places.conflicts(), 0
     for number in range(_ROUNDS):
         if not len(bad) or idle == _PATIENCE:
             break
-        keys = derive_key(seed, _PARTNER, number, bad) % np.uint64(len(layout.order))
+        keys = derive_key(seed, _PARTNER, number, bad) % np.uint64(len(places.order))
         exchanged = places.exchange(bad, keys.astype(np.int64))
         idle = 0 if 100 * exchanged > len(bad) else idle + 1
         bad = places.conflicts()
     for place in bad[:_SEARCHED].tolist():
         places.search(place)
-    return _rebound(layout, places), len(places.conflicts())
 
 
-def _rebound(layout: Layout, places: _Places) -> Layout:
+def _rebound(layout: Layout, order: Int64s, moved: Bools) -> Layout:
     """A sample that moved is no member of the cluster it came to: it goes to that one's end."""
-    if not places.moved.any():
+    if not moved.any():
         return layout
     pieces = np.repeat(np.arange(len(layout.bounds) - 1), np.diff(layout.bounds))
-    sequence = np.lexsort([places.moved, pieces])  # stable, and pieces lie in one batch
-    alone = np.flatnonzero(places.moved[sequence])
+    sequence = np.lexsort([moved, pieces])  # stable, and pieces lie in one batch
+    alone = np.flatnonzero(moved[sequence])
     bounds = np.unique(np.concatenate([layout.bounds, alone, alone + 1]))
-    return Layout(places.order[sequence], bounds, layout.torn)
+    return Layout(order[sequence], bounds, layout.torn)
 
 
 def _code(rule: Rule, order: Int64s, held: Int64s) -> tuple[LabelLists, Int64s]:

@@ -7,6 +7,7 @@ steps: clusters (`packers.py`), batches (`layout.py`), constraints (`constraints
 Memory of random and tree plans: 120 bytes a sample beside the snapshot (measured at 10 million).
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,16 +104,28 @@ class BatchPlan:
         """First place of each batch, and the end."""
         return BatchShape(len(self.order), self.header.batch_size, self.header.lead).edges()
 
-    def save(self, folder: Path) -> "BatchPlan":
-        """Write it whole or not at all; the plan with its SHA-256."""
-        arrays: dict[str, Any] = {"order": self.order, "bounds": self.bounds}
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All there are, by name."""
+        arrays: dict[str, NDArray[Any]] = {"order": self.order, "bounds": self.bounds}
         if self.negatives is not None:
             arrays["negatives"] = self.negatives
         if self.row_weights is not None:
             arrays["row_weights"] = self.row_weights
+        return arrays
+
+    @classmethod
+    def of(cls, header: PlanHeader, arrays: Mapping[str, NDArray[Any]]) -> "BatchPlan":
+        """The plan that `arrays()` are of."""
+        return cls(
+            arrays["order"], arrays["bounds"], header, arrays.get("negatives"),
+            arrays.get("row_weights"),
+        )  # fmt: skip
+
+    def save(self, folder: Path) -> "BatchPlan":
+        """Write it whole or not at all; the plan with its SHA-256."""
         header = asdict(self.header)
         header.pop("sha256")
-        digest = save_arrays(folder, _HEADER, arrays, header)
+        digest = save_arrays(folder, _HEADER, self.arrays(), header)
         return replace(self, header=replace(self.header, sha256=digest))
 
     @classmethod
@@ -138,10 +151,7 @@ class BatchPlan:
                 f"{sha256[:12]}: the folder was overwritten; resume from a later checkpoint or "
                 "start a new run"
             )
-        return cls(
-            arrays["order"], arrays["bounds"], found, arrays.get("negatives"),
-            arrays.get("row_weights"),
-        )  # fmt: skip
+        return cls.of(found, arrays)
 
 
 def load_header(folder: Path) -> PlanHeader:

@@ -33,8 +33,9 @@ from trainer.objectives import Model
 from trainer.planning.background import Job
 from trainer.planning.feed import Feed
 from trainer.planning.maker import PlanMaker, Request
-from trainer.planning.prune import remove_old_plans
+from trainer.planning.prune import needed_segments, remove_old_plans
 from trainer.planning.schedule import Schedule, Switch
+from trainer.planning.stored import plan_files, restore_plans
 from trainer.ranks import Ranks
 from trainer.step import StepOutput
 
@@ -105,6 +106,7 @@ class Planning:
             table = [Segment(*segment) for segment in state["segments"]]
             if self._control is not None:
                 self._control = Control.from_json(state["control"])
+            self._restore_plans(checkpoint)
         self._planned.start(self._folder, table, position=position)
         if not self._schedule.switches:
             return
@@ -125,6 +127,18 @@ class Planning:
             self._samples.fingerprint,
         )
 
+    def _restore_plans(self, checkpoint: Path) -> None:
+        """Plans that RUN/plans has not, where the checkpoint came here alone."""
+        problem = ""
+        if self._ranks.is_first:
+            try:
+                restore_plans(checkpoint, self._folder)
+            except (DataError, OSError) as error:
+                problem = str(error)
+        problem = self._tell(problem)
+        if problem:
+            raise DataError(problem)
+
     def begin(self, module: nn.Module, step: int) -> None:
         """Before the first batch of this life: `step` steps are done."""
         self._advance(module, step)
@@ -140,9 +154,13 @@ class Planning:
         """Wait for the plan under way, so that the checkpoint knows it."""
         self._settle(step, wait=True)
 
-    def files(self) -> dict[str, Any]:
-        """This rank's files of a checkpoint."""
-        return self._feed.files()
+    def files(self, step: int) -> dict[str, Any]:
+        """This rank's files of a checkpoint after `step` steps."""
+        if self._maker is None:
+            return self._feed.files()
+        segments, later = self._planned.segments, self._config.checkpoint.background
+        needed = needed_segments(segments, step * self._batch_size, self._samples.num_samples)
+        return self._feed.files() | plan_files(self._folder, needed, later=later)
 
     def after_save(self, checkpoints: Path) -> None:
         """Plans that none of the checkpoints needs any more go."""

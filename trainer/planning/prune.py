@@ -44,12 +44,17 @@ def remove_old_plans(plans: Path, checkpoints: Path, num_samples: int) -> list[s
     return removed
 
 
-def first_needed(segments: Sequence[Segment], position: int, num_samples: int) -> int:
-    """The lowest version of a plan that going on from `position` may need; 0: none is known."""
+def needed_segments(segments: Sequence[Segment], position: int, num_samples: int) -> list[Segment]:
+    """Those with plans that going on from `position` may need."""
     start = position // num_samples * num_samples
     planned = [segment for segment in segments if segment.plan]
-    needed = [segment.version for segment in planned if segment.stop > start]
-    return min([*needed, *(segment.version for segment in planned[-1:])], default=0)
+    return [segment for segment in planned[:-1] if segment.stop > start] + planned[-1:]
+
+
+def first_needed(segments: Sequence[Segment], position: int, num_samples: int) -> int:
+    """The lowest version of a plan that going on from `position` may need; 0: none is known."""
+    needed = needed_segments(segments, position, num_samples)
+    return min((segment.version for segment in needed), default=0)
 
 
 def _needed_by(checkpoints: Path, num_samples: int) -> Iterable[int]:

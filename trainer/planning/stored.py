@@ -1,20 +1,32 @@
-"""The embedding store in a checkpoint: by global row range, in float16 as it is.
+"""What planned batches need of a checkpoint: the embedding store, and the plans of the epoch.
 
 negatives/layout.json                rows, columns, data fingerprint, the parts' ranges
-negatives/part-00000.safetensors     rows and the step at which each was written
+negatives/part-00000.safetensors     rows, in float16 as they are, and the step each was written at
+plans/plan-000003.json               header of a plan
+plans/plan-000003.safetensors        its arrays
+
+Plans lie in RUN/plans, whence they are read. The copies are for a checkpoint that comes to another
+place alone: out of a remote store, or in somebody's hands.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from data.errors import DataError
+from data.negatives.plan import BatchPlan, PlanHeader
 from data.negatives.store import EmbeddingStore
+from data.planned_order import Segment
 from trainer.config import ConfigError
 from trainer.durable import RowStream, TensorFile
 
-FOLDER = "negatives"
+FOLDER, PLANS = "negatives", "plans"
 FORMAT = 1
 _PART_ROWS = 1 << 22
 _PIECE_ROWS = 1 << 18  # copied at a time
@@ -86,3 +98,47 @@ def restore_store(store: EmbeddingStore, checkpoint: Path) -> None:
 
 def _part_name(number: int) -> str:
     return f"{FOLDER}/part-{number:05d}.safetensors"
+
+
+def plan_files(folder: Path, segments: Iterable[Segment], *, later: bool) -> dict[str, Any]:
+    """Name -> content for `CheckpointFolder.save` of the plans that these segments go by."""
+    files: dict[str, Any] = {}
+    for name, sha256 in dict.fromkeys((part.plan, part.sha256) for part in segments if part.plan):
+        plan = BatchPlan.load(folder / name, sha256=sha256, verify=False)
+        arrays = {key: _rows(array, later=later) for key, array in plan.arrays().items()}
+        files[f"{PLANS}/{name}.json"] = asdict(plan.header)
+        files[f"{PLANS}/{name}.safetensors"] = arrays
+    return files
+
+
+def _rows(array: NDArray[Any], *, later: bool) -> torch.Tensor | RowStream:
+    if later:
+        return torch.from_numpy(np.array(array))
+    starts = range(0, len(array), _PIECE_ROWS)
+    pieces = (torch.from_numpy(np.array(array[start : start + _PIECE_ROWS])) for start in starts)
+    dtype = torch.from_numpy(np.array(array[:0])).dtype
+    return RowStream(tuple(array.shape), dtype, pieces)
+
+
+def restore_plans(checkpoint: Path, folder: Path) -> None:
+    """Bring plans of a checkpoint to RUN/plans where that has not the same ones.
+
+    Raises DataError for a plan that is not what its header says.
+    """
+    for path in sorted((checkpoint / PLANS).glob("*.json")):
+        header = PlanHeader(**json.loads(path.read_text()))
+        if _is_there(folder / path.stem, header.sha256):
+            continue
+        arrays = TensorFile.open(path.with_suffix(".safetensors")).whole()
+        plan = BatchPlan.of(header, {key: tensor.numpy() for key, tensor in arrays.items()})
+        saved = plan.save(folder / path.stem)
+        if saved.header.sha256 != header.sha256:
+            raise DataError(f"{path}: the plan beside it is another one: take another checkpoint")
+
+
+def _is_there(plan: Path, sha256: str) -> bool:
+    try:
+        BatchPlan.load(plan, sha256=sha256)
+    except DataError:
+        return False
+    return True
