@@ -492,7 +492,8 @@ def test_damaged_plans_come_from_the_checkpoint_and_damaged_stores_are_told(whol
     def lose_all_plans(run: Path, _: Path) -> None:
         shutil.rmtree(run / "plans")
 
-    def exchange_headers(_: Path, checkpoint: Path) -> None:
+    def alter_header(run: Path, checkpoint: Path) -> None:
+        shutil.rmtree(run / "plans")
         name = f"plans/{min((checkpoint / 'plans').glob('*.json')).name}"
         header = json.loads((checkpoint / name).read_text())
         replace_file(checkpoint, name, {**header, "asked_step": header["asked_step"] + 1})
@@ -507,7 +508,7 @@ def test_damaged_plans_come_from_the_checkpoint_and_damaged_stores_are_told(whol
     for damage in (tear_plan, lose_plan, swap_plan, lose_all_plans):
         assert resume(damage) == ""
         assert read_samples(tmp_path / damage.__name__) == read_samples(whole)
-    assert "the plan beside it is another one" in resume(exchange_headers)
+    assert "the plan beside it is another one" in resume(alter_header)
     assert "its embeddings are of another run (fingerprint" in resume(other_store)
     assert resume(cut_store) == ""  # the checkpoint before it is whole, and is taken
 
