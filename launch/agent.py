@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -31,6 +32,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.hosts import Hosts
+from launch.meeting import ANSWER_S, within
 from launch.ranks import LaunchError
 from launch.restarts import Restarts, verdict
 from launch.signals import RANK_LOST, STOP_SIGNALS, STOPPED, StopRequest, leave
@@ -197,13 +199,17 @@ def _open_rendezvous(hosts: Hosts) -> RendezvousHandler:
             last_call_timeout=LAST_CALL_S,
             keep_alive_interval=KEEP_ALIVE_S,
         )
+        # On this host the port is another launcher's of this run, which answers at once, or taken.
+        patience = ANSWER_S if hosts.is_here and not keeps_store else hosts.wait_s + ANSWER_S
         try:
-            return get_rendezvous_handler(parameters)
+            return within(patience, partial(get_rendezvous_handler, parameters))
         except RendezvousConnectionError as error:
-            reason = error.__cause__ or error
+            reason = str(error.__cause__ or error).splitlines()[0]
+        except TimeoutError as error:
+            reason = f"what listens there is no launcher: {error}"
     raise LaunchError(
         f"--rdzv-endpoint={hosts.endpoint} cannot be reached, or its port is taken by something "
-        f"else: {str(reason).splitlines()[0]}"
+        f"else ({reason}): name a free port of a host that the others reach"
     )
 
 

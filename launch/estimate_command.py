@@ -25,7 +25,9 @@ def estimate(
     gpu: Annotated[
         str, typer.Option(help="b200, h200, h100, a100, a100-40, v100, l40s, ..., or cpu.")
     ] = "h100",
-    ranks_per_node: Annotated[int, typer.Option(help="With --gpu cpu: ranks of a node.")] = 1,
+    ranks_per_node: Annotated[
+        int, typer.Option(help="With --gpu cpu: ranks of a node.", min=1)
+    ] = 1,
     samples: Annotated[
         int, typer.Option(help="Samples of an epoch; 0: what the shards' indexes say.")
     ] = 0,
