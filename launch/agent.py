@@ -130,9 +130,16 @@ class Agent(LocalElasticAgent):
         super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        pids = super()._start_workers(worker_group)
-        if self._stop is not None:
-            self._stop.hand_over()  # the agent has put its handlers in place
+        if self._stop is None:
+            return super()._start_workers(worker_group)
+        # A request that reaches a rank while Python starts waits until the rank can take it
+        # (`StopRequest.install`): it would kill the rank, and the job end as one that failed.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            pids = super()._start_workers(worker_group)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._stop.hand_over()  # the agent has put its handlers in place
         return pids
 
     def _let_others_leave(self) -> None:

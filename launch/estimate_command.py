@@ -29,10 +29,13 @@ def estimate(
         int, typer.Option(help="With --gpu cpu: ranks of a node.", min=1)
     ] = 1,
     samples: Annotated[
-        int, typer.Option(help="Samples of an epoch; 0: what the shards' indexes say.")
+        int, typer.Option(help="Samples of an epoch; 0: what the shards' indexes say.", min=0)
     ] = 0,
     classes: Annotated[
-        int, typer.Option(help="Class centers or labels; 0: as configured, or the label table's.")
+        int,
+        typer.Option(
+            help="Class centers or labels; 0: as configured, or the label table's.", min=0
+        ),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

@@ -166,6 +166,15 @@ def test_a_signal_to_the_launcher_saves_and_stops(start, run, command, number, c
     assert launched.said.count("saving and stopping after this step") == 1
 
 
+def test_a_signal_while_python_starts_in_the_ranks_is_no_failure(start):
+    run = start("early", *TWO_RANKS, "--run", "early")
+    run.wait_for(lambda: len(run.ranks()) == 2)
+    run.signal(signal.SIGUSR1)
+    run.end(STOPPED)
+    assert "SIGUSR1: stopped before the first step" in run.said
+    assert "failed" not in run.said and "killed" not in run.said
+
+
 def test_a_second_signal_leaves_at_once_though_a_rank_is_stopped(start):
     run = start("twice", *TWO_RANKS, "--run", "twice", "--launch.timeout=100")
     run.wait_for_step(7)
