@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -31,6 +32,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.hosts import Hosts
+from launch.meeting import ANSWER_S, within
 from launch.ranks import LaunchError
 from launch.restarts import Restarts, verdict
 from launch.signals import RANK_LOST, STOP_SIGNALS, STOPPED, StopRequest, leave
@@ -128,9 +130,16 @@ class Agent(LocalElasticAgent):
         super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        pids = super()._start_workers(worker_group)
-        if self._stop is not None:
-            self._stop.hand_over()  # the agent has put its handlers in place
+        if self._stop is None:
+            return super()._start_workers(worker_group)
+        # A request that reaches a rank while Python starts waits until the rank can take it
+        # (`StopRequest.install`): it would kill the rank, and the job end as one that failed.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            pids = super()._start_workers(worker_group)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._stop.hand_over()  # the agent has put its handlers in place
         return pids
 
     def _let_others_leave(self) -> None:
@@ -197,13 +206,17 @@ def _open_rendezvous(hosts: Hosts) -> RendezvousHandler:
             last_call_timeout=LAST_CALL_S,
             keep_alive_interval=KEEP_ALIVE_S,
         )
+        # On this host the port is another launcher's of this run, which answers at once, or taken.
+        patience = ANSWER_S if hosts.is_here and not keeps_store else hosts.wait_s + ANSWER_S
         try:
-            return get_rendezvous_handler(parameters)
+            return within(patience, partial(get_rendezvous_handler, parameters))
         except RendezvousConnectionError as error:
-            reason = error.__cause__ or error
+            reason = str(error.__cause__ or error).splitlines()[0]
+        except TimeoutError as error:
+            reason = f"what listens there is no launcher: {error}"
     raise LaunchError(
         f"--rdzv-endpoint={hosts.endpoint} cannot be reached, or its port is taken by something "
-        f"else: {str(reason).splitlines()[0]}"
+        f"else ({reason}): name a free port of a host that the others reach"
     )
 
 

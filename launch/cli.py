@@ -35,7 +35,9 @@ OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
-    nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU, or one.")] = 0,
+    nproc: Annotated[
+        int, typer.Option(help="Ranks on this machine; 0: one per GPU, or one.", min=0)
+    ] = 0,
     run: Annotated[
         Path | None, typer.Option("--run", "--run-dir", help="Run folder; default runs/NAME.")
     ] = None,
@@ -66,7 +68,8 @@ def train(
     if runs.is_one_of_several():
         if nproc or nnodes != "1":
             _fail("--nproc and --nnodes start ranks, and this is one already: leave them out")
-        _leave(runs.train_rank(config, overrides, folder, resume == "auto", _stop))
+        goes_on = resume == "auto" or runs.is_started_again()
+        _leave(runs.train_rank(config, overrides, folder, goes_on, _stop))
     code = runs.train(
         config, overrides, folder, resume == "auto", nproc, nnodes, rdzv_endpoint, _stop
     )
@@ -86,7 +89,7 @@ def evaluate(
             help="retrieval, zero_shot, recall, verification, identification, all_pairs, ijb, xmc."
         ),
     ] = None,
-    nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU.")] = 0,
+    nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU.", min=0)] = 0,
 ) -> None:
     """Evaluate a run or checkpoint; the last line of stdout is one JSON object.
 
@@ -224,7 +227,8 @@ def _call() -> None:
         else:
             raise
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or isinstance(error, DataError):  # of the rest every rank finds the same
+        own = isinstance(error, (DataError, LaunchError))  # of the rest every rank finds the same
+        if rank == "0" or own:
             name = "nsphere" if rank == "0" else f"nsphere, rank {rank}"
             sys.stderr.writelines(f"{name}: {line}\n" for line in str(error).splitlines())
         sys.exit(code)

@@ -23,7 +23,9 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="TOML file; none: the machines alone.")
     ] = None,
-    nproc: Annotated[int, typer.Option(help="Ranks on this machine; 0: one per GPU, or one.")] = 0,
+    nproc: Annotated[
+        int, typer.Option(help="Ranks on this machine; 0: one per GPU, or one.", min=0)
+    ] = 0,
     run: Annotated[
         Path | None, typer.Option("--run", "--run-dir", help="Run folder; default runs/NAME.")
     ] = None,

@@ -25,12 +25,17 @@ def estimate(
     gpu: Annotated[
         str, typer.Option(help="b200, h200, h100, a100, a100-40, v100, l40s, ..., or cpu.")
     ] = "h100",
-    ranks_per_node: Annotated[int, typer.Option(help="With --gpu cpu: ranks of a node.")] = 1,
+    ranks_per_node: Annotated[
+        int, typer.Option(help="With --gpu cpu: ranks of a node.", min=1)
+    ] = 1,
     samples: Annotated[
-        int, typer.Option(help="Samples of an epoch; 0: what the shards' indexes say.")
+        int, typer.Option(help="Samples of an epoch; 0: what the shards' indexes say.", min=0)
     ] = 0,
     classes: Annotated[
-        int, typer.Option(help="Class centers or labels; 0: as configured, or the label table's.")
+        int,
+        typer.Option(
+            help="Class centers or labels; 0: as configured, or the label table's.", min=0
+        ),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:

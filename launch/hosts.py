@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Self
 
 DEFAULT_PORT = 29400
+MOST_PORT = 65535
 _SIOCGIFADDR = 0x8915  # of an interface: man 7 netdevice
 
 
@@ -41,11 +42,18 @@ class Hosts:
         if most == 1:
             return cls.alone()
         host, _, port = endpoint.partition(":")
-        if not host or (port and not port.isdigit()):
+        if not host or (port and not (port.isdecimal() and 0 < int(port) <= MOST_PORT)):
             raise ValueError(
                 f"--nnodes={hosts} needs --rdzv-endpoint HOST:PORT (got {endpoint!r}), the same on "
-                "every host: the address of one of them, and a free port there"
+                "every host: the name or IPv4 address of one of them, and a free port there"
             )
+        try:
+            socket.gethostbyname(host)
+        except OSError as error:
+            raise ValueError(
+                f"--rdzv-endpoint={endpoint}: {host} is not known here ({error.strerror}): give "
+                "the name or IPv4 address by which every host knows one of them"
+            ) from None
         return cls(least, most, f"{host}:{port or DEFAULT_PORT}", run_id, wait_s)
 
     @property

@@ -7,12 +7,42 @@ this attempt and gives it to those that are alive now.
 """
 
 import json
+import threading
 import time
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
+ANSWER_S = 20.0  # a store that is there answers at once
 _POLL_S = 0.02
+T = TypeVar("T")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; TimeoutError if it does neither in so many seconds.
+
+    A client of torch's store (2.15) waits without end for the greeting of what listens at its
+    address and is no store, whatever its time limit.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="nsphere-meeting", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer for {seconds:g} s")
+    return results[0]
 
 
 def meet(

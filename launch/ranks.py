@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from launch.meeting import meet
+from launch.hosts import MOST_PORT
+from launch.meeting import ANSWER_S, meet, within
 from trainer.flight import record_collectives
 from trainer.ranks import Ranks
 
 MEETING_S = 1800.0
 COLLECTIVE_S = 1800.0
-
 
 _OF_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _INTERACTIVE_STEP = "4294967290"  # salloc's own shell, where the site has use_interactive_step
@@ -48,7 +48,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     a shell of a SLURM job with several nodes, where one process would train alone.
     """
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
-    in_step = num_tasks.isdigit() and int(num_tasks) > 1
+    in_step = _is_number(num_tasks) and int(num_tasks) > 1
     if "RANK" in environment or "WORLD_SIZE" in environment:
         place = _read_place(environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun")
         if in_step and "TORCHELASTIC_RUN_ID" not in environment:
@@ -68,7 +68,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
 
 
 def _read_place(environment: Mapping[str, str], names: tuple[str, str, str], source: str) -> Place:
-    missing = [name for name in names if not environment.get(name, "").isdigit()]
+    missing = [name for name in names if not _is_number(environment.get(name, ""))]
     if missing:
         raise LaunchError(
             f"{source} set some of {', '.join(names)} but not {', '.join(missing)} (as a number): "
@@ -81,12 +81,25 @@ def _read_place(environment: Mapping[str, str], names: tuple[str, str, str], sou
             f"{max(world_size - 1, 0)}; start ranks with torchrun, accelerate launch or srun"
         )
     local_size = environment.get("LOCAL_WORLD_SIZE", "") if source == "torchrun" else ""
-    if local_rank >= (int(local_size) if local_size.isdigit() else world_size):
+    if local_rank >= (int(local_size) if _is_number(local_size) else world_size):
         raise LaunchError(
             f"{names[2]}={local_rank} with {local_size or world_size} ranks on this node: local "
             "ranks count from 0; start ranks with torchrun, accelerate launch or srun"
         )
     return Place(rank, world_size, local_rank, source)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _read_port(text: str) -> int:
+    if not _is_number(text) or not 0 < int(text) <= MOST_PORT:
+        raise LaunchError(
+            f"MASTER_PORT={text} is no port: set it to a free one of rank 0's host, 1 to "
+            f"{MOST_PORT}"
+        )
+    return int(text)
 
 
 def _check_same(place: Place, slurm: Place) -> None:
@@ -172,17 +185,18 @@ def _init_group(
 def _open_store(place: Place, environment: Mapping[str, str], meeting_s: float) -> Store:
     """Where the ranks find each other: MASTER_ADDR:MASTER_PORT, kept by rank 0 or by torchrun.
 
-    Raises LaunchError for an address that is missing or unknown, and a port that is taken.
+    Raises LaunchError for an address that is missing or unknown, and a port that is none or taken.
     """
     address, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
-    if not address or not port.isdigit():
+    if not address or not port:
         raise LaunchError(
             f"RANK and WORLD_SIZE are set but MASTER_ADDR ({address!r}) or MASTER_PORT ({port!r}) "
             "is not: set both to the address and a free port of rank 0's host, or start with "
             "torchrun"
         )
+    number = _read_port(port)
     try:
-        found = socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(address, number, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise LaunchError(
             f"MASTER_ADDR={address} cannot be found ({error}): set it to the address of rank 0's "
@@ -192,14 +206,25 @@ def _open_store(place: Place, environment: Mapping[str, str], meeting_s: float) 
     listening = None
     if place.rank == 0 and not agents:
         listening = _listen(found, is_alone=_is_one_host(place, environment))
-    store = TCPStore(
-        address,
-        int(port),
-        None if agents else place.world_size,
-        listening is not None,
-        timeout=timedelta(seconds=meeting_s),
-        master_listen_fd=None if listening is None else listening.detach(),
-    )
+    kept = None if listening is None else listening.detach()
+
+    def open_store() -> Store:
+        return TCPStore(
+            address,
+            number,
+            None if agents else place.world_size,
+            kept is not None,
+            timeout=timedelta(seconds=meeting_s),
+            master_listen_fd=kept,
+        )
+
+    try:
+        store = within(meeting_s + ANSWER_S, open_store)
+    except TimeoutError:
+        raise LaunchError(
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: what listens there is not rank 0, it does "
+            "not answer: set MASTER_PORT to a free one"
+        ) from None
     return meet(store, place.rank, place.world_size, meeting_s) if agents else store
 
 
@@ -247,13 +272,11 @@ def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
 
     Another step has another port: what is left of a lost rank does not get in the way.
     """
-    job, restart, step = (
-        int(environment.get(f"SLURM_{name}", "0"))
-        for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")
-    )
+    words = [environment.get(f"SLURM_{n}", "0") for n in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
+    job, restart, step = (int(word) if _is_number(word) else 0 for word in words)
     port = 20000 + (7 * job + restart + 131 * step) % 12000  # Linux gives clients 32768 and up
     if environment.get("MASTER_ADDR"):
-        return environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", port))
+        return environment["MASTER_ADDR"], _read_port(environment.get("MASTER_PORT") or str(port))
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
     first = _scontrol("show", "hostnames", nodes).split("\n")[0].strip()
     try:

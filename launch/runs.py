@@ -17,7 +17,7 @@ from launch.ranks import LaunchError, is_rank, open_ranks
 from launch.restarts import Restarts
 from launch.signals import BAD_INPUT, RANK_LOST, STOPPED, StopRequest, dies_of_usr1, say
 from trainer.config import Config, ConfigError, load_config
-from trainer.run import STOPPED_MARKER, check_config
+from trainer.run import STOPPED_MARKER, check_config, check_new
 from trainer.samples import build_samples, check_fit, check_memory, count_classes
 from trainer.validate import build_validation, check_sets, load_model
 
@@ -25,6 +25,12 @@ from trainer.validate import build_validation, check_sets, load_model
 def is_one_of_several() -> bool:
     """True in a rank that torchrun, accelerate or srun (or `run_local`) has started."""
     return is_rank(os.environ)
+
+
+def is_started_again() -> bool:
+    """True in a rank that torchrun, or SLURM by a requeue, has started anew after its run began."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
 
 
 def train(
@@ -51,9 +57,9 @@ def train(
     check_memory(config, num_ranks, count_classes(config, samples))
     if num_ranks == 1 and hosts.is_alone:
         return train_rank(config_path, overrides, run, resume, stop)
+    if not resume:  # asked once: ranks that are started again shall go on with what this run saved
+        check_new(run, config)
     arguments = ["train", str(config_path), "--run", str(run), *overrides]
-    if not resume:
-        arguments.append("--resume=never")
     restarts = Restarts(run, config.launch.max_restarts)
     code = run_local(num_ranks, arguments, hosts=hosts, restarts=restarts, stop=stop)
     _say_end(code, run)

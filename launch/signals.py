@@ -62,7 +62,8 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, _interrupt_nothing)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        # Blocked by the batch script (`env --block-signal`) while Python started: now they come.
+        # Blocked by the launcher or batch script (`env --block-signal`) while Python started: now
+        # they come.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         # A forked worker that is ended by SIGTERM would tell this process through the pipe.
         os.register_at_fork(after_in_child=_forget_pipe)

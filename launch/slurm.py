@@ -4,6 +4,7 @@
 """
 
 import itertools
+import math
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ SCRIPT = "job.sbatch"
 TEMPLATE = Path("slurm") / "train.sbatch"
 SIGNAL_BEFORE_S = 300  # SLURM may send it up to a minute early; a save of a large model takes some
 _MARKS = ("@options@", "@job@")
+MOST_TASKS = 10_000  # each has a line in the script; SLURM takes 1,001 unless a site allows more
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Request:
             raise LaunchError(
                 f"--ranks-per-node={self.ranks_per_node} with --gpus-per-node="
                 f"{self.gpus_per_node}: a rank needs a GPU of its own"
+            )
+        wrong = next((option for option in self.others if not option.startswith("-")), None)
+        if wrong is not None:
+            raise LaunchError(
+                f"--sbatch-option={wrong}: write it as sbatch takes it, with its dashes: "
+                f"--sbatch-option=--{wrong}"
             )
         limit = self._limit_s()
         if limit is not None and self.signal_s >= limit:
@@ -119,6 +127,11 @@ def plan_tasks(run: Path, array: str, sweeps: Sequence[str]) -> tuple[list[Task]
         own: dict[int, tuple[str, ...]] = {n: (f"--train.seed={n}",) for n in numbers}
     else:
         axes = [_parse_sweep(sweep) for sweep in sweeps]
+        if math.prod(map(len, axes)) > MOST_TASKS:
+            raise LaunchError(
+                f"--sweep: {math.prod(map(len, axes)):,} combinations, more than {MOST_TASKS:,}: "
+                "sweep fewer values at once"
+            )
         own = dict(enumerate(itertools.product(*axes)))
         numbers, limit = parse_array(array) if array else (list(own), "")
         missing = [number for number in numbers if number not in own]
@@ -138,11 +151,14 @@ def parse_array(text: str) -> tuple[list[int], str]:
     words, percent, most = text.partition("%")
     numbers: list[int] = []
     for word in words.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", word)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?", word)
         if match is None or (percent and not most.isdigit()):
             raise LaunchError(f"--array={text}: write 0-2, 0,3,5 or 0-8:2, and %N for N at once")
         first, last, every = match.groups()
-        numbers += range(int(first), int(last or first) + 1, int(every or 1) or 1)
+        more = range(int(first), int(last or first) + 1, int(every or 1) or 1)
+        if len(numbers) + len(more) > MOST_TASKS:
+            raise LaunchError(f"--array={text}: more than {MOST_TASKS:,} tasks: submit it in parts")
+        numbers += more
     if len(set(numbers)) < len(numbers) or not numbers:
         raise LaunchError(f"--array={text}: names a task twice, or none")
     return numbers, percent + most
@@ -190,7 +206,8 @@ def fill_template(
                 f"{template}: has no line {mark}, or two: nsphere fills in {' and '.join(_MARKS)}"
             )
     folder = tasks[0].run.parent if request.array else tasks[0].run
-    log = folder / "log" / ("slurm-%A_%a.out" if request.array else "slurm-%j.out")
+    log = Path(str(folder).replace("%", "%%"), "log")  # for sbatch a % begins a pattern
+    log /= "slurm-%A_%a.out" if request.array else "slurm-%j.out"
     filled = {
         "@options@": request.options(log),
         "@job@": _job_lines(folder, tasks, command, max_restarts, is_array=bool(request.array)),
@@ -270,5 +287,7 @@ def submit(script: Path) -> str:
 
 
 def _quoted(text: str) -> str:
-    """For a `#SBATCH` line, where only white space and quotes mean anything."""
-    return f'"{text}"' if re.search(r"\s", text) else text
+    """For a `#SBATCH` line, where white space, quotes, backslashes and # mean something."""
+    if not re.search(r"[\s\"'\\#]", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'

@@ -179,13 +179,17 @@ def _total_steps(run: Path, last: dict[str, Any]) -> int | None:
 
 
 def _newest_checkpoint(run: Path) -> dict[str, Any] | None:
-    for path in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        manifest = path / "manifest.json"
-        age = _age(manifest)
+    paths = (run / "checkpoints").glob("step-*")
+    steps = {path.name.removeprefix("step-"): path for path in paths}
+    for name in sorted(filter(str.isdecimal, steps), key=int, reverse=True):
+        path, step = steps[name], int(name)
+        age = _age(path / "manifest.json")
         if age is None:
             continue
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        step = int(path.name.removeprefix("step-"))
+        try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        except OSError:  # it goes while it is looked at
+            continue
         return {"path": str(path), "step": step, "age_s": age, "bytes": size}
     return None
 

@@ -71,7 +71,7 @@ def check_same(project: Path, run: Path, tolerance: float = 0.0) -> None:
 
 
 def test_a_killed_rank_is_started_again_by_nsphere(project, start):
-    run = start("killed", *TWO_RANKS, "--run", "killed")
+    run = start("killed", *TWO_RANKS, "--run", "killed", "--resume=never")
     run.wait_for_step(12)
     run.signal_rank(1, signal.SIGKILL)
     run.end(0)
@@ -94,7 +94,7 @@ def test_a_killed_rank_is_started_again_by_nsphere(project, start):
 
 def test_a_killed_rank_is_started_again_by_plain_torchrun(project, start):
     """Its store keeps the dead ranks' addresses; the living meet beside them."""
-    run = start("torchrun", *TORCHRUN_TWO, *AS_RANK, "--run-dir", "torchrun")
+    run = start("torchrun", *TORCHRUN_TWO, *AS_RANK, "--run-dir", "torchrun", "--resume=never")
     run.wait_for_step(12)
     run.signal_rank(0, signal.SIGKILL)
     run.end(0)
@@ -164,6 +164,15 @@ def test_a_signal_to_the_launcher_saves_and_stops(start, run, command, number, c
     assert (launched.run / "checkpoints" / f"step-{end['step']:08d}" / "manifest.json").exists()
     assert (launched.run / ".stopped").exists()
     assert launched.said.count("saving and stopping after this step") == 1
+
+
+def test_a_signal_while_python_starts_in_the_ranks_is_no_failure(start):
+    run = start("early", *TWO_RANKS, "--run", "early")
+    run.wait_for(lambda: len(run.ranks()) == 2)
+    run.signal(signal.SIGUSR1)
+    run.end(STOPPED)
+    assert "SIGUSR1: stopped before the first step" in run.said
+    assert "failed" not in run.said and "killed" not in run.said
 
 
 def test_a_second_signal_leaves_at_once_though_a_rank_is_stopped(start):
@@ -345,6 +354,8 @@ def test_hosts_from_the_command_line():
         ("two", "a:1", "give a number of hosts"),
         ("2", "", "needs --rdzv-endpoint HOST:PORT"),
         ("2", "a:port", "needs --rdzv-endpoint HOST:PORT"),
+        ("2", "a:99999", "needs --rdzv-endpoint HOST:PORT"),
+        ("2", "nowhere.invalid:1", "nowhere.invalid is not known here"),
     ):
         with pytest.raises(ValueError, match=said):
             Hosts.parse(hosts, endpoint, "r", 10)

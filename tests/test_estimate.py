@@ -21,7 +21,7 @@ from trainer.engine import Engine
 from trainer.estimate import estimate, plan_run
 from trainer.estimate.estimate import checkpoint_bytes
 from trainer.estimate.machines import GPUS, find_gpu, this_processor
-from trainer.estimate.meter import LiveBytes, extrapolate, run_pass
+from trainer.estimate.meter import LiveBytes, extrapolate, measure_pass, run_pass
 from trainer.estimate.report import describe, values
 from trainer.estimate.rows import table_terms
 from trainer.estimate.state import EngineState, Towers
@@ -179,6 +179,21 @@ def test_a_real_pass_and_a_counted_one_agree(tmp_path):
     few = [run_pass(model, (torch.zeros(n, *shape[1:], dtype=torch.uint8), texts[:n]), None)
            for n in (4, 8)]  # fmt: skip
     assert extrapolate(few, (4, 8), 16).kept_bytes == pytest.approx(real.kept_bytes, rel=0.01)
+
+
+def test_views_of_parameters_are_no_activations():
+    """Two rows through a wide layer keep next to nothing: its weight, transposed, is not new."""
+
+    class Wide(torch.nn.Linear):
+        def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor]:
+            return (super().forward(rows),)
+
+    layer = Wide(512, 512, bias=False)
+    weight = layer.weight.nbytes
+    real = run_pass(layer, (torch.ones(2, 512),), None)
+    for passed in (real, measure_pass(layer, lambda: (torch.ones(2, 512),), None)):
+        assert passed.kept_bytes < weight / 10
+        assert weight <= passed.peak_bytes < 1.1 * weight  # its gradient, as it comes
 
 
 def test_published_runs_are_within_the_bounds():

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from launch.ranks import LaunchError, find_place, slurm_master
+from launch.agent import _open_rendezvous
+from launch.hosts import Hosts
+from launch.ranks import LaunchError, Place, _open_store, find_place, slurm_master
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_ID": "0"}
 TASK = {**STEP, "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}
@@ -136,3 +138,36 @@ def test_a_port_that_is_taken_and_an_address_that_is_none():
     nowhere = refusal(MASTER_PORT=port, MASTER_ADDR="nowhere.invalid")
     assert "MASTER_ADDR=nowhere.invalid cannot be found" in nowhere
     assert "MASTER_ADDR ('') or MASTER_PORT" in refusal(MASTER_PORT=port, MASTER_ADDR="")
+
+
+@pytest.mark.parametrize("port", ["70000", "0", "2²", "http"])
+def test_a_port_that_is_none(port):
+    here = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    with pytest.raises(LaunchError, match=f"^MASTER_PORT={port} is no port: set it to a free one"):
+        _open_store(Place(0, 2, 0, "torchrun"), here, 1.0)
+    with pytest.raises(LaunchError, match=f"^MASTER_PORT={port} is no port"):
+        slurm_master(here)
+
+
+def test_a_program_that_listens_and_is_no_store_is_not_waited_for_without_end(monkeypatch):
+    """torch's client waits for its greeting whatever the time limit."""
+    monkeypatch.setattr("launch.ranks.ANSWER_S", 0.5)
+    monkeypatch.setattr("launch.agent.ANSWER_S", 0.5)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with pytest.raises(LaunchError, match=f"MASTER_PORT={port}: what listens there is not"):
+            _open_store(Place(1, 2, 1, "torchrun"), here, 0.5)
+        hosts = Hosts(2, 2, f"127.0.0.1:{port}", "run", 30.0)
+        with pytest.raises(LaunchError, match=f":{port} cannot be reached, or its port is taken"):
+            _open_rendezvous(hosts)
+
+
+def test_every_rank_says_what_is_wrong_with_its_own_environment():
+    words = [sys.executable, "-P", "-m", "launch.cli", "train", "configs/smoke.toml"]
+    given = {"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    done = subprocess.run(words, env={**os.environ, **given}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("nsphere, rank 3: RANK=3 with WORLD_SIZE=2: ranks count from 0")

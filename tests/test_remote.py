@@ -33,7 +33,7 @@ from trainer.export.formats import export_checkpoint
 from trainer.export.onnx_file import OnnxOptions
 from trainer.ranks import Ranks
 from trainer.remote import Remote, RemoteError, Uploader, url_of
-from trainer.run import check_config, remote_of
+from trainer.run import check_config, check_new, remote_of
 from trainer.saving import CheckpointFolder
 
 QUICK = Retry(attempts=3, first_wait_s=0.01, max_wait_s=0.02)
@@ -219,6 +219,15 @@ def test_never_resume_refuses_a_store_with_a_run_in_it(tmp_path):
     saver.wait()
     with pytest.raises(ConfigError, match="holds a run already and --resume=never was given"):
         open_run(tmp_path / "other", url).newest(resume=False)
+    with pytest.raises(ConfigError, match="holds a run already and --resume=never was given"):
+        check_new(tmp_path / "other", tiny_config(tmp_path, checkpoint={"remote": url}))
+
+
+def test_never_resume_asks_a_store_that_is_down_once_and_says_so(tmp_path, store):
+    store.down = True
+    config = tiny_config(tmp_path, checkpoint={"remote": store.url("r")})
+    with pytest.raises(ConfigError, match=r"cannot be asked .*: start again when it answers"):
+        check_new(tmp_path / "run", config)
 
 
 def test_bad_urls_and_missing_drivers_are_told_at_the_start(tmp_path):

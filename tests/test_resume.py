@@ -4,11 +4,16 @@ Everything that could go wrong is on at once: chunks, dropout, an average of the
 """
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 from tiny_runs import read_losses, read_samples, tiny_config, train_rank
+
+from trainer.config import ConfigError
+from trainer.ranks import Ranks
+from trainer.run import open_run_together
 
 STEPS, KILLED_AFTER = 9, 5
 SECTIONS = {
@@ -59,3 +64,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs, tmp_path, stage, 
         assert found == expected
     for step, loss in found.items():
         assert loss == pytest.approx(expected[step], abs=1e-4), f"step {step}"
+
+
+def begin_late(group, run: str, config) -> str:
+    """Rank 1 comes when rank 0 has written the folder, as on a slower node."""
+    ranks = Ranks(group, group.rank(), group.size())
+    try:
+        if ranks.rank == 1:
+            time.sleep(1.0)
+        lock = open_run_together(Path(run), config, ranks, resume=False)
+        if lock is not None:
+            lock.close()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_never_resume_is_asked_once_for_all_ranks(tmp_path):
+    config = tiny_config(tmp_path)
+    assert run_ranks(2, begin_late, str(tmp_path / "r"), config) == ["", ""]
+    first, second = run_ranks(2, begin_late, str(tmp_path / "r"), config)
+    assert first == second and "holds a run already and --resume=never was given" in first

@@ -50,6 +50,14 @@ def test_a_run_that_is_done(run):
     assert "step        12 of 12 (100%), loss " in text and "checkpoint  step 12, " in text
 
 
+def test_other_things_among_the_checkpoints_are_no_obstacle(run):
+    """Copies that people make, and more than eight digits, which sort before fewer."""
+    newest = run / "checkpoints" / "step-00000012"
+    for name in ("step-best", "step-00000012.bak", "step-100000000"):
+        shutil.copytree(newest, newest.with_name(name))
+    assert read_status(run)["checkpoint"]["step"] == 100_000_000
+
+
 def test_a_run_that_goes_on_says_who_and_when_it_ends(run):
     _cut(run, 8)
     record_event(run, "start", {"world_size": 4, "nodes": 2, "from_step": 8, "job": "77"})

@@ -120,6 +120,19 @@ def test_a_dry_run_writes_and_shows_the_exact_script(project, submit):
     subprocess.run(["/bin/bash", "-n", script], check=True)
 
 
+def test_names_that_mean_something_to_sbatch_reach_it_whole(project, submit):
+    """sbatch reads its lines as a shell does: quotes, backslashes, # for a comment; % in output."""
+    folder = project / """it's "50%u" #1 \\ x"""
+    code, out, err = submit("--run", str(folder), "--name=a 'b' #c", "--dry-run")
+    assert code == 0, err
+    lines = [line.removeprefix("#SBATCH ") for line in out.splitlines() if "#SBATCH --" in line]
+    words = dict(shlex.split(line, comments=True)[0].partition("=")[::2] for line in lines)
+    assert all(len(shlex.split(line, comments=True)) == 1 for line in lines)
+    assert words["--job-name"] == "a 'b' #c"
+    assert words["--output"] == str(folder).replace("%", "%%") + "/log/slurm-%j.out"
+    assert words_after(out, "\nexport PYTHONSAFEPATH")[0] == str(folder)
+
+
 def test_older_scripts_are_kept(project, submit):
     for time in ("10", "10", "20", "30"):
         assert submit("--time", time, "--dry-run")[0] == 0
@@ -165,6 +178,8 @@ def test_plans_of_arrays():
     for array, sweeps, said in (
         ("x", [], "--array=x: write 0-2"),
         ("1,1", [], "names a task twice"),
+        ("0-999999999", [], "more than 10,000 tasks: submit it in parts"),
+        ("", [f"a.{key}=" + ",".join("0123456789") for key in "bcdef"], "100,000 combinations"),
         ("3", ["a.b=1,2"], "3 is none of the sweep's 2 combinations, 0 to 1"),
         ("", ["lr=1"], "--sweep lr=1: write --sweep section.key=VALUE,VALUE"),
         ("", ["a.b="], "write --sweep section.key"),
@@ -190,6 +205,7 @@ BAD = {
     "ranks": (["--nodes", "3", "--ranks-per-node", "8"], "24 ranks for train.global_batch_size"),
     "time": (["--time", "soon"], "--time=soon: write MINUTES"),
     "GPUs": (["--gpus-per-node", "2", "--ranks-per-node", "4"], "a rank needs a GPU of its own"),
+    "an option": (["--sbatch-option=mem=4G"], "write it as sbatch takes it, with its dashes"),
     "no SLURM": ([], "there is no sbatch here"),
 }
 

@@ -40,6 +40,14 @@ class DamagedError(RemoteError):
     """What the store gave back is not what was written."""
 
 
+def held_already(url: str) -> ConfigError:
+    """--resume=never was given, and the store has a run."""
+    return ConfigError(
+        f"checkpoint.remote = {url!r} holds a run already and --resume=never was given: "
+        "name another place, or leave --resume out to go on with it"
+    )
+
+
 class Remote:
     """A folder of a store. Not for several threads at once."""
 

@@ -25,7 +25,7 @@ from trainer.config import (
 from trainer.durable import remove
 from trainer.lock import LOCK_FILE, RunLock, read_owner
 from trainer.ranks import Ranks
-from trainer.remote import Remote
+from trainer.remote import Remote, RemoteError, held_already
 
 # What may differ when a run goes on: none of these changes what is learnt from which samples. Where
 # shards lie may change too: the fingerprint in each checkpoint says whether they are the same data.
@@ -91,6 +91,20 @@ def remote_of(config: Config, run: Path) -> Remote | None:
     return remote
 
 
+def check_new(run: Path, config: Config) -> None:
+    """Raise ConfigError if the run's remote store has a checkpoint, or cannot say."""
+    remote = remote_of(config, run)
+    try:
+        steps = remote.steps() if remote is not None else []
+    except RemoteError as error:
+        raise ConfigError(
+            f"whether checkpoint.remote = {config.checkpoint.remote!r} holds a run already cannot "
+            f"be asked ({error}): start again when it answers, or leave --resume=never out"
+        ) from None
+    if steps:
+        raise held_already(config.checkpoint.remote)
+
+
 def check_remote_config(url: str, config: Config, stored: str) -> None:
     """Raise ConfigError if `stored`, config.toml of a remote checkpoint, is another run's."""
     try:
@@ -149,15 +163,19 @@ def _write_first(run: Path, config: Config) -> None:
         probe.unlink()
 
 
-def open_run_together(run: Path, config: Config, ranks: Ranks) -> RunLock | None:
-    """`open_run` on the first rank, told to all: each raises what it raised.
+def open_run_together(
+    run: Path, config: Config, ranks: Ranks, *, resume: bool = True
+) -> RunLock | None:
+    """`check_config` and `open_run` on the first rank, told to all: each raises what it raised.
 
+    The others do not look themselves: they would take what the first one writes for another run.
     Raises ConfigError too on a rank that does not see what the first one wrote: the folder must lie
     on a file system that all nodes share.
     """
     lock, told = None, ""
     if ranks.is_first:
         try:
+            check_config(run, config, resume=resume)
             lock = open_run(run, config)
         except ConfigError as error:
             told = str(error)

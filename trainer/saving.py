@@ -27,12 +27,11 @@ from trainer.checkpoint import (
     list_steps,
     step_name,
 )
-from trainer.config import ConfigError
 from trainer.durable import flush_folder, remove, write_file
 from trainer.events import record_event
 from trainer.host_copies import HostCopies
 from trainer.ranks import Ranks
-from trainer.remote import DamagedError, Remote, RemoteError, Uploader
+from trainer.remote import DamagedError, Remote, RemoteError, Uploader, held_already
 from trainer.together import Failure, Job, Outcome, Together
 
 VISIBLE_S = 60.0  # after which rank 0 must see what other nodes have written and flushed
@@ -329,10 +328,7 @@ def _fetch_newer(
     """The newest whole remote checkpoint, if it is of a later step than `here`; fetched."""
     steps = remote.steps()
     if steps and not resume:
-        raise ConfigError(
-            f"checkpoint.remote = {remote.url!r} holds a run already and --resume=never was given: "
-            "name another place, or leave --resume out to go on with it"
-        )
+        raise held_already(remote.url)
     for step in reversed(steps):
         config = remote.config(step)
         if config:

@@ -30,7 +30,7 @@ from trainer.optim import build_optimizer, parameter_groups
 from trainer.planning import Planning, clusters_of
 from trainer.precision import AUTOCAST, autocast_dtype
 from trainer.ranks import Ranks
-from trainer.run import check_config, check_remote_config, log_to_file, open_run_together, remote_of
+from trainer.run import check_remote_config, log_to_file, open_run_together, remote_of
 from trainer.samples import check_fit, load_samples
 from trainer.saving import CheckpointFolder
 from trainer.step import Stepper
@@ -63,8 +63,7 @@ def train(
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     torch.use_deterministic_algorithms(config.train.deterministic)
-    check_config(run, config, resume=resume)
-    lock = open_run_together(run, config, ranks)
+    lock = open_run_together(run, config, ranks, resume=resume)
     try:
         with failure_recorded(run, ranks), watching(run, ranks, config.launch) as progress:
             return _train(config, run, ranks, lock, progress, resume=resume, stop=stop)

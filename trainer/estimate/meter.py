@@ -7,7 +7,7 @@ two small numbers of them say what any number takes.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -25,13 +25,16 @@ heap that grows and, in a process that trains, hardly shrinks (mallopt(3), M_MMA
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that operations inside have made and that still live, and their most."""
+    """Bytes of all tensors that operations inside have made and that still live, and their most.
 
-    def __init__(self) -> None:
+    `known`: tensors that were there before; their views are no new memory.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.most = 0
         self.small_now = self.small_most = 0  # of blocks below HEAP_BLOCK
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -98,7 +101,9 @@ def run_pass(model: nn.Module, inputs: Sequence[Tensor], autocast: torch.dtype |
     casting: AbstractContextManager[Any] = nullcontext()
     if autocast is not None:
         casting = torch.autocast("cpu", dtype=autocast)
-    with _without_gradients(model), FlopCounterMode(display=False) as flops, LiveBytes() as live:
+    known = [*model.parameters(), *model.buffers(), *inputs]
+    counted = LiveBytes(known)
+    with _without_gradients(model), FlopCounterMode(display=False) as flops, counted as live:
         with casting:
             outputs = [x for x in model(*inputs) if x is not None]
         kept, forward = live.now, flops.get_total_flops()
