@@ -90,11 +90,12 @@ def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def train(run: Path, name: str, words: Sequence[str]) -> tuple[list[float], float]:
+def train(run: Path, name: str, words: Sequence[str], steps: int) -> tuple[list[float], float]:
     """Losses of every step, and the mean loss of the final weights over all centers."""
     config = run.with_suffix(".toml")
     config.write_text(CONFIG)
-    nsphere("train", str(config), f"--run={run}", *words, *RUNS[name])
+    length = f"--train.duration={steps} steps"
+    nsphere("train", str(config), f"--run={run}", *words, *RUNS[name], length)
     weights, judged = run.with_suffix(".safetensors"), run.with_suffix(".judged")
     nsphere("export", str(run), str(weights), "--format=safetensors")
     nsphere(
@@ -109,20 +110,16 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     given = parser.parse_args()
     facts = {"machine": machine(), "commit": commit(), "load": load()}
-    words = [
-        f"--data.shards={given.shards}",
-        f"--nproc={given.ranks}",
-        f"--train.duration={given.steps} steps",
-    ]
+    words = [f"--data.shards={given.shards}", f"--nproc={given.ranks}"]
     losses, judged = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(RUNS):
-            losses[name], judged[name] = train(Path(folder) / str(number), name, words)
+            losses[name], judged[name] = train(Path(folder) / str(number), name, words, given.steps)
             print(f"{number + 1}/{len(RUNS)} {name}", file=sys.stderr, flush=True)
     ends = {name: statistics.mean(found[-(len(found) // 4) :]) for name, found in losses.items()}
     lines = [
