@@ -1,8 +1,8 @@
 """`python -m benchmarks.sampling --shards PATTERN [--json]`: does the sample rate move the loss?
 
 The same run several times: all centers in every step; a tenth of them with the correction; the
-same with the exact mode of the optimizer, where momentum goes on while a center is not touched;
-with four fifths of such a tenth the nearest centers, which stand for themselves, so that the
+same with the lazy mode of the optimizer, where momentum rests while a center is not touched; with
+four fifths of such a tenth the nearest centers, which stand for themselves, so that the
 weighed sum is as right and less noisy; and a tenth without the correction.
 
 Two losses of each: the one it logs, over the last quarter of its steps, and that of its final
@@ -59,10 +59,9 @@ trackers = []
 RUNS = {
     "all": ["--centers.sample_rate=1.0"],
     "0.1, corrected": ["--centers.sample_rate=0.1"],
-    "0.1, corrected, exact": ["--centers.sample_rate=0.1", "--centers.mode=exact"],
-    "0.1, corrected, exact, nearest": [
+    "0.1, corrected, lazy": ["--centers.sample_rate=0.1", "--centers.mode=lazy"],
+    "0.1, corrected, nearest": [
         "--centers.sample_rate=0.1",
-        "--centers.mode=exact",
         "--centers.hard_share=0.8",
         "--centers.hard_every=20",
     ],
