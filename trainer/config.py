@@ -14,12 +14,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from data.config import DataConfig, NegativesConfig
+from trainer.centers_section import CentersConfig
 from trainer.eval_section import EvalConfig, HnswConfig, NeighboursConfig
 from trainer.model_section import ModelConfig
 from trainer.sections import (
     CENTER_LOSSES,
     LABEL_LOSSES,
-    CentersConfig,
     CheckpointConfig,
     Config,
     LabelsConfig,
