@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from trainer.planning.stored import plan_files, restore_plans
 from trainer.ranks import Ranks
 from trainer.step import StepOutput
 
+T = TypeVar("T")
 _POLL_S = 10.0  # that the other ranks wait for one word of the first
 _VISIBLE_S = 60.0  # after which a folder that rank 0 wrote must be seen by every node
 
@@ -106,13 +107,15 @@ class Planning:
             table = [Segment(*segment) for segment in state["segments"]]
             if self._control is not None:
                 self._control = Control.from_json(state["control"])
-            self._restore_plans(checkpoint)
+            self._from_first(lambda: restore_plans(checkpoint, self._folder))
         self._planned.start(self._folder, table, position=position)
         if not self._schedule.switches:
             return
+        self._from_first(lambda: self._open_maker(checkpoint))
+
+    def _open_maker(self, checkpoint: Path | None) -> None:
+        """Rank 0 alone has the store, and makes plans."""
         self._feed.load(checkpoint)
-        if not self._ranks.is_first:
-            return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._maker = PlanMaker(
             self._folder,
@@ -126,18 +129,6 @@ class Planning:
             ),
             self._samples.fingerprint,
         )
-
-    def _restore_plans(self, checkpoint: Path) -> None:
-        """Plans that RUN/plans has not, where the checkpoint came here alone."""
-        problem = ""
-        if self._ranks.is_first:
-            try:
-                restore_plans(checkpoint, self._folder)
-            except (DataError, OSError) as error:
-                problem = str(error)
-        problem = self._tell(problem)
-        if problem:
-            raise DataError(problem)
 
     def begin(self, module: nn.Module, step: int) -> None:
         """Before the first batch of this life: `step` steps are done."""
@@ -158,9 +149,10 @@ class Planning:
         """This rank's files of a checkpoint after `step` steps."""
         if self._maker is None:
             return self._feed.files()
-        segments, later = self._planned.segments, self._config.checkpoint.background
-        needed = needed_segments(segments, step * self._batch_size, self._samples.num_samples)
-        return self._feed.files() | plan_files(self._folder, needed, later=later)
+        planned, position = self._planned, step * self._batch_size
+        needed = needed_segments(planned.segments, position, planned.num_samples)
+        plans = {segment.plan: planned.plan(segment) for segment in needed}
+        return self._feed.files() | plan_files(plans, later=self._config.checkpoint.background)
 
     def after_save(self, checkpoints: Path) -> None:
         """Plans that none of the checkpoints needs any more go."""
@@ -363,16 +355,8 @@ class Planning:
         return again, self._maker.make(request, None).sha256
 
     def _append(self, segment: Segment, find: Callable[[], tuple[str, str]]) -> None:
-        """Let all ranks go on with a plan that rank 0 finds; what it raises all raise."""
-        told = ("", "", "")
-        if self._ranks.is_first:
-            try:
-                told = (*find(), "")
-            except (DataError, OSError) as error:
-                told = ("", "", str(error))
-        name, sha256, problem = self._tell(told)
-        if problem:
-            raise DataError(problem)
+        """Let all ranks go on with a plan that rank 0 finds."""
+        name, sha256 = self._from_first(find)
         _wait_for(self._folder / name)
         self._planned.append(segment._replace(plan=name, sha256=sha256))
         logger.info("positions %d to %d: %s", segment.start, segment.stop, name)
@@ -380,6 +364,22 @@ class Planning:
     def _stop_after(self, position: int) -> int:
         """Where the next plan is meant to begin."""
         return next(switch.stop for switch in self._schedule.switches if switch.stop > position)
+
+    def _from_first(self, find: Callable[[], T]) -> T:
+        """What the first rank finds; what it raises all raise. Collective."""
+        found: T | None = None
+        problem: Exception | None = None
+        if self._ranks.is_first:
+            try:
+                found = find()
+            except (ConfigError, DataError) as error:
+                problem = error
+            except OSError as error:
+                problem = DataError(str(error))
+        found, problem = self._tell((found, problem))
+        if problem is not None:
+            raise problem
+        return cast(T, found)
 
     def _tell(self, word: Any) -> Any:
         """What the first rank says; collective."""

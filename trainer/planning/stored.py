@@ -10,7 +10,7 @@ place alone: out of a remote store, or in somebody's hands.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from data.errors import DataError
 from data.negatives.plan import BatchPlan, PlanHeader
 from data.negatives.store import EmbeddingStore
-from data.planned_order import Segment
 from trainer.config import ConfigError
 from trainer.durable import RowStream, TensorFile
 
@@ -100,11 +99,10 @@ def _part_name(number: int) -> str:
     return f"{FOLDER}/part-{number:05d}.safetensors"
 
 
-def plan_files(folder: Path, segments: Iterable[Segment], *, later: bool) -> dict[str, Any]:
-    """Name -> content for `CheckpointFolder.save` of the plans that these segments go by."""
+def plan_files(plans: Mapping[str, BatchPlan], *, later: bool) -> dict[str, Any]:
+    """Name -> content for `CheckpointFolder.save` of plans by their names below RUN/plans."""
     files: dict[str, Any] = {}
-    for name, sha256 in dict.fromkeys((part.plan, part.sha256) for part in segments if part.plan):
-        plan = BatchPlan.load(folder / name, sha256=sha256, verify=False)
+    for name, plan in plans.items():
         arrays = {key: _rows(array, later=later) for key, array in plan.arrays().items()}
         files[f"{PLANS}/{name}.json"] = asdict(plan.header)
         files[f"{PLANS}/{name}.safetensors"] = arrays
